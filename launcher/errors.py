@@ -49,3 +49,18 @@ class ImageError(UklaunchError):
 
 class ImageNotFound(UklaunchError):
     exit_code = ExitCode.NOT_FOUND
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> UklaunchError | None:
+    """The error to show out of what several tasks raised together; None if one of them is a bug of ours.
+
+    The only place that unwraps exception groups.
+    """
+    errors, bugs = group.split(UklaunchError)
+    if errors is None or bugs is not None:
+        return None
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, UklaunchError)
+    return error

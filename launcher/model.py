@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
@@ -124,6 +124,25 @@ class AddressPlan:
     ipv4: IPv4Interface = IPv4Interface("169.254.77.1/24")
     ipv6: IPv6Interface = IPv6Interface("fd00:77::1/64")
 
+    @classmethod
+    def parse(cls, ipv4: str | None, ipv6: str | None) -> AddressPlan:
+        """The plan with the given bridge addresses, such as `10.9.0.1/24`. Raises UsageError."""
+        plan = cls()
+        try:
+            if ipv4:
+                plan = replace(plan, ipv4=IPv4Interface(ipv4))
+            if ipv6:
+                plan = replace(plan, ipv6=IPv6Interface(ipv6))
+        except ValueError as exc:
+            raise UsageError(f"bad address: {exc}", "write it as 10.9.0.1/24 or fd00:9::1/64") from None
+        for address in (plan.ipv4, plan.ipv6):
+            network = address.network
+            if address.ip != network[1] or network.num_addresses <= GUEST_INDEX_MAX:
+                raise UsageError(
+                    f"{address} cannot be a pod's bridge", f"give the first host of a /24 or larger: {network[1]}/24"
+                )
+        return plan
+
     @property
     def mac(self) -> bytes:
         return self.guest_mac(1)
@@ -215,6 +234,7 @@ class Boot:
     nic: Nic
     guest_csum: bool = True
     powers_down: bool = True  # obeys an ACPI power button
+    ipv6: bool | None = True  # will it answer to its IPv6 address? None: not known
 
 
 class ExitReason(StrEnum):

@@ -1,1 +1,7 @@
+"""VMMs: a `Boot` and ready-made descriptors in, a running guest and its controls out. One file each."""
 
+from __future__ import annotations
+
+from .qemu import run_qemu
+
+VMMS = {"qemu": run_qemu}

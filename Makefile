@@ -1,0 +1,72 @@
+# All that a fresh Debian 12 or 13 needs beyond git, make, python3 and root; each target can be run again at no cost.
+#
+#   make demo    two guests and a container share localhost, shown and proven
+#   make test    the whole test suite (PYTEST_ARGS="-k localhost" for a part of it)
+#   make bench   what the router costs, against its alternatives
+#   make lint    ruff and mypy
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: setup setup-test demo test bench lint clean
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+IMAGE := /var/lib/uklaunch/default
+
+# python3-bpfcc is bcc, which PyPI does not have: hence Debian's python3 and its system packages in the venv.
+PACKAGES := python3-venv python3-bpfcc linux-libc-dev iproute2 util-linux qemu-system-x86 qemu-utils runc busybox-static kmod
+TEST_PACKAGES := iperf3 socat nftables crun podman curl cpio
+
+# $(call install,PACKAGES): only what is missing, so that a machine which has all needs no network.
+install = @missing=$$(dpkg-query -W -f='$${Package} $${Status}\n' $(1) 2>/dev/null | awk '/ok installed$$/ {print $$1}' \
+	| sort | comm -13 - <(printf '%s\n' $(1) | sort)); \
+	if [ -n "$$missing" ]; then \
+		[ $$(id -u) = 0 ] || { echo "make: run this as root: it installs" $$missing >&2; exit 1; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends $$missing </dev/null >/dev/null; \
+	fi
+
+setup: $(VENV)/.installed
+	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
+
+.PHONY: packages packages-test
+packages:
+	$(call install,$(PACKAGES))
+
+packages-test:
+	$(call install,$(TEST_PACKAGES))
+
+$(VENV)/.installed: pyproject.toml | packages
+	test -x $(PYTHON) || /usr/bin/python3 -m venv --system-site-packages $(VENV)
+	$(PYTHON) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PYTHON) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# Compiled once, here: whoever runs with PYTHONDONTWRITEBYTECODE would compile them at every start.
+.PHONY: bytecode
+bytecode: $(VENV)/.installed
+	@$(PYTHON) -m compileall -q launcher router
+
+demo: packages setup bytecode
+	$(VENV)/bin/uklaunch build-default $(IMAGE)
+	$(VENV)/bin/uklaunch demo
+
+setup-test: packages packages-test setup $(VENV)/.installed-dev bytecode
+	$(VENV)/bin/uklaunch build-default $(IMAGE)
+
+test: setup-test
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+bench: setup-test
+	$(PYTHON) -m tests.bench
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,159 @@
+"""Guests and pods from outside their supervisor: stop, remove, and clean up after the dead.
+
+Imports neither trio nor pyroute2 before there is something to clean up: `uklaunch stop` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import state
+from .errors import UklaunchError, UsageError
+
+
+@contextlib.contextmanager
+def _pidfd(pid: int, lock: Path) -> Iterator[int | None]:
+    """A handle on the process that holds the lock, None if it is gone. Opened first, then asked: no pid is mistaken."""
+    try:
+        fd = os.pidfd_open(pid)
+    except (ProcessLookupError, ValueError):
+        yield None
+        return
+    try:
+        yield fd if state.is_held(lock) else None
+    finally:
+        os.close(fd)
+
+
+def _ends_within(pidfd: int, timeout_s: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
+
+
+def stop(record: state.GuestRecord, timeout_s: float | None = None) -> None:
+    """Ask the guest's supervisor to stop it, and wait until both are gone.
+
+    After `timeout_s` (None: what it was started with) the guest gets no more time to power down. A guest that does
+    not run is no error. Raises UklaunchError if its supervisor does not obey.
+    """
+    with _pidfd(record.supervisor_pid, record.directory / "supervisor.lock") as pidfd:
+        if pidfd is not None:
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            if timeout_s is not None and not _ends_within(pidfd, timeout_s):
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)  # once more: make haste
+            if not _ends_within(pidfd, 60):
+                raise UklaunchError(
+                    f"the supervisor of {record.pod}/{record.name} (pid {record.supervisor_pid}) does not end",
+                    f"kill -9 {record.supervisor_pid}, then: uklaunch gc --kill",
+                )
+            return
+    if state.vmm_runs(record):
+        kill_vmm(record)
+    _bury(record)
+
+
+def kill_vmm(record: state.GuestRecord) -> None:
+    """End a VMM that nobody supervises."""
+    with _pidfd(record.vmm_pid, record.directory / "vmm.lock") as pidfd:
+        if pidfd is not None:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _ends_within(pidfd, 10)
+
+
+def remove(record: state.GuestRecord, *, force: bool = False) -> None:
+    """Forget an ended guest and its console. Raises UsageError if it runs, unless `force`, which stops it."""
+    if state.alive(record):
+        if not force:
+            name = f"{record.pod}/{record.name}"
+            raise UsageError(f"guest {name} is running", f"stop it first, or: uklaunch rm --force {name}")
+        stop(record)
+    _bury(record)
+    state.forget_guest(record.pod, record.name)
+
+
+def remove_pod(name: str, *, force: bool = False) -> None:
+    """Remove a pod. Raises UsageError if guests of it run, unless `force`, which stops them."""
+    from . import pod
+
+    if force:
+        for record in pod.running_guests(name):
+            stop(record)
+        if state.read_pod(name) is None:
+            return  # it went with its last guest
+    pod.delete(name)
+
+
+def _bury(record: state.GuestRecord) -> None:
+    """Put down how a guest ended whose supervisor died before it could."""
+    current = state.read_guest(record.pod, record.name)
+    if current is None or current.exited_at is not None or state.alive(current):
+        return
+    from .errors import ExitCode
+
+    state.update_guest(
+        current,
+        status="exited",
+        reason="supervisor died",
+        exit_code=int(ExitCode.OURS),
+        exited_at=time.time(),
+        vmm_pid=0,
+    )
+    from . import pod
+
+    pod.forget_dead_guests(record.pod)
+    pod.delete_if_abandoned(record.pod)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """One thing that `collect` did, or saw and left."""
+
+    what: str
+    name: str
+    action: str
+
+
+def collect(*, kill: bool = False) -> Iterator[Collected]:
+    """Clean up after supervisors that died and launches that were cut off. Idempotent; touches only what is ours.
+
+    A guest that runs without a supervisor is reported, and ended only if `kill`.
+    """
+    for record in state.guests():
+        name = f"{record.pod}/{record.name}"
+        if state.supervised(record):
+            continue
+        if state.vmm_runs(record):
+            if not kill:
+                yield Collected("guest", name, "runs without a supervisor; left (--kill ends it)")
+                continue
+            kill_vmm(record)
+            yield Collected("guest", name, "ran without a supervisor; ended")
+        if record.exited_at is None:
+            _bury(record)
+            yield Collected("guest", name, "its supervisor had died; recorded as ended")
+            if record.remove_when_done:
+                state.forget_guest(record.pod, record.name)
+    yield from _collect_pods()
+
+
+def _collect_pods() -> Iterator[Collected]:
+    from . import pod
+
+    for record in state.pods():
+        if pod.delete_if_abandoned(record.name):
+            yield Collected("pod", record.name, "nobody's any more; removed")
+    # Guests' directories without a record: a launch that was cut off between the two.
+    for directory in (state.root() / "guests").glob("*/*"):
+        if not (directory / "guest.json").exists() and not state.is_held(directory / "supervisor.lock"):
+            state.forget_guest(directory.parent.name, directory.name)
+            yield Collected("guest", f"{directory.parent.name}/{directory.name}", "half made; removed")
+    for pod_id in pod.forget_unknown_ids():
+        yield Collected("router", f"pod id {pod_id}", "of no pod; its rows removed")

@@ -1,0 +1,336 @@
+"""Pods: a namespace with a bridge and the router, which guests join and leave.
+
+A change of a pod's structure happens under the pod's lock, and its record is written before what it describes is
+made: whatever is cut off half-way has a record by which it is found and removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from ipaddress import IPv4Interface, IPv6Interface
+from pathlib import Path
+
+import router
+
+from . import net, state
+from .errors import UklaunchError, UsageError
+from .model import GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, check_name
+
+NAMESPACE_PREFIX = "uk-"
+
+
+def plan_of(record: state.PodRecord) -> AddressPlan:
+    return AddressPlan(ipv4=IPv4Interface(record.ipv4), ipv6=IPv6Interface(record.ipv6))
+
+
+@contextlib.contextmanager
+def open_router() -> Iterator[router.Router]:
+    """The host's router; loaded now if it is not."""
+    try:
+        opened = router.open_router()
+    except router.RouterError as exc:
+        raise UklaunchError(exc.message, exc.hint, exc.detail) from exc
+    with opened as table:
+        yield table
+
+
+# --- create and delete ---
+
+
+def _begin(name: str, *, plan: AddressPlan, netns: Path | None, ephemeral: bool) -> state.PodRecord:
+    """The pod's record and namespace, without a bridge yet. Under the pod's lock."""
+    path = netns or state.NETNS_DIR / f"{NAMESPACE_PREFIX}{name}"
+    if netns is not None:
+        net.check_netns(netns)
+        if net.BRIDGE in net.link_indexes(netns):
+            raise UsageError(f"{netns} is a pod already", "see: uklaunch pod ls")
+    elif path.exists():
+        raise UsageError(f"namespace {path} exists and is not ours", f"to use it as it is: --netns {path}")
+    record = state.PodRecord(
+        name=name,
+        netns=str(path),
+        adopted=netns is not None,
+        ephemeral=ephemeral,
+        ipv4=str(plan.ipv4),
+        ipv6=str(plan.ipv6),
+        saved_sysctls={},
+    )
+    state.write_pod(record)
+    if netns is None:
+        net.create_netns(path)
+    return record
+
+
+def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
+    """Bridge and router. Under the pod's lock."""
+    netns, plan = Path(record.netns), plan_of(record)
+    record = replace(record, saved_sysctls=net.write_sysctls(netns, net.LOOPBACK_SYSCTLS))
+    state.write_pod(record)
+    bridge = net.make_bridge(netns, plan, record.name)
+    with state.lock(state.root() / "lock"):  # two pods must not take one id
+        taken = table.pod_ids()
+        record = replace(record, id=next(n for n in range(1, 1 << 16) if n not in taken))
+        state.write_pod(record)
+        table.add_pod(
+            record.id,
+            router.PodRow(ifindex=bridge, mac=plan.mac, ipv4=plan.ipv4.ip, ipv6=plan.ipv6.ip),
+        )
+    made = net.attach_loopback(netns, table.program_fd, record.id)
+    record = replace(record, own_clsact=made, bridge=bridge)
+    state.write_pod(record)
+    return record
+
+
+def _remove(record: state.PodRecord) -> None:
+    """Undo `_begin` and `_finish`, however far they came. Idempotent; under the pod's lock."""
+    netns = Path(record.netns)
+    with contextlib.suppress(FileNotFoundError, UklaunchError):
+        # Off `lo` first: the namespace lives on if a container is in it, and must not meet the id's next pod.
+        if record.bridge or record.adopted:
+            net.detach_loopback(netns, own_clsact=record.own_clsact)
+    if record.adopted and netns.exists():
+        if bridge := net.link_indexes(netns).get(net.BRIDGE):
+            net.delete_link(netns, bridge)
+        net.write_sysctls(netns, record.saved_sysctls)
+    elif not record.adopted:
+        net.delete_netns(netns)
+    if record.id:
+        with open_router() as table:
+            table.remove_pod(record.id)
+    state.forget_pod(record.name)
+
+
+def create(
+    name: str,
+    *,
+    plan: AddressPlan | None = None,
+    netns: Path | None = None,
+) -> state.PodRecord:
+    """Make a pod that stays until `delete`. `netns`: adopt that namespace instead of making one.
+
+    Raises UsageError if the pod exists or the name cannot be used.
+    """
+    check_name("pod", name)
+    with state.pod_lock(name):
+        if (old := state.read_pod(name)) is not None:
+            if old.bridge:
+                raise UsageError(f"pod {name!r} exists", f"remove it first: uklaunch pod rm {name}")
+            _remove(old)
+        return _make(name, plan=plan or AddressPlan(), netns=netns, ephemeral=False)
+
+
+def _make(name: str, *, plan: AddressPlan, netns: Path | None, ephemeral: bool) -> state.PodRecord:
+    record = None
+    try:
+        record = _begin(name, plan=plan, netns=netns, ephemeral=ephemeral)
+        with open_router() as table:
+            return _finish(record, table)
+    except BaseException:
+        _undo(name)
+        raise
+
+
+def _undo(name: str) -> None:
+    """Take back a pod whose set-up failed, without hiding why it failed."""
+    if (record := state.read_pod(name)) is not None:
+        with contextlib.suppress(UklaunchError):
+            _remove(record)
+
+
+def running_guests(name: str) -> list[state.GuestRecord]:
+    return [record for record in state.guests(name) if state.alive(record)]
+
+
+def delete(name: str) -> None:
+    """Remove a pod that has no running guest. Raises UsageError if it has one, or does not exist."""
+    with state.pod_lock(name):
+        record = state.get_pod(name)
+        if running := running_guests(name):
+            names = ", ".join(guest.name for guest in running)
+            raise UsageError(
+                f"pod {name!r} has running guests: {names}",
+                f"stop them first, or: uklaunch pod rm --force {name}",
+            )
+        _remove(record)
+
+
+def delete_if_abandoned(name: str) -> bool:
+    """For `gc`: remove a pod that was left half-made, or that `run` made and whose guests are gone."""
+    with state.pod_lock(name):
+        record = state.read_pod(name)
+        if record is None or running_guests(name):
+            return False
+        if record.bridge and not record.ephemeral and Path(record.netns).exists():
+            return False
+        _remove(record)
+        return True
+
+
+@contextlib.asynccontextmanager
+async def open_pod(
+    name: str, *, plan: AddressPlan | None = None, netns: Path | None = None
+) -> AsyncIterator[state.PodRecord]:
+    """A pod for the length of a block: created on entry, removed on exit, also when cancelled.
+
+    `netns` adopts an existing namespace, which is left as it was. Raises UsageError if the pod exists.
+    """
+    import trio
+
+    record = await trio.to_thread.run_sync(partial(create, name, plan=plan, netns=netns))
+    try:
+        yield record
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(delete, name)
+
+
+# --- join and leave ---
+
+
+@dataclass
+class Membership:
+    """A guest's place in a pod, from `joining`. The pod's lock is held until `connect`."""
+
+    record: state.PodRecord
+    guest: str
+    index: int
+    tap: str
+    tap_fd: int
+    _lock: contextlib.ExitStack
+    _ifindex: int = 0
+
+    @property
+    def netns(self) -> Path:
+        return Path(self.record.netns)
+
+    @property
+    def nic(self) -> Nic:
+        plan = plan_of(self.record)
+        return Nic(
+            mac=plan.guest_mac(self.index),
+            ipv4=plan.guest_ipv4(self.index),
+            ipv6=plan.guest_ipv6(self.index),
+            gateway_ipv4=plan.ipv4.ip,
+            gateway_ipv6=plan.ipv6.ip,
+        )
+
+    def connect(self, ports: tuple[Port, ...]) -> None:
+        """Finish the pod if it is new, and put the TAP on its bridge, behind the router."""
+        with open_router() as table:
+            if not self.record.bridge:
+                self.record = _finish(self.record, table)
+            nic = self.nic
+            self._ifindex = net.link_indexes(self.netns)[self.tap]
+            table.add_guest(
+                self.record.id,
+                router.GuestRow(
+                    index=self.index,
+                    ifindex=self._ifindex,
+                    mac=nic.mac,
+                    ipv4=nic.ipv4.ip,
+                    ipv6=nic.ipv6.ip,
+                    ports=tuple((port.protocol.value, port.number) for port in ports),
+                ),
+            )
+            net.attach_guest(
+                self.netns,
+                bridge=self.record.bridge,
+                tap=self.tap,
+                alias=f"{self.record.name}/{self.guest}",
+                addresses=(nic.ipv4.ip, nic.ipv6.ip),
+                program_fd=table.program_fd,
+                pod_id=self.record.id,
+            )
+        self._lock.close()
+
+    def leave(self) -> None:
+        """Forget the guest's ports and flows; remove the pod if `run` made it and this was its last guest."""
+        self._lock.close()
+        name = self.record.name
+        with state.pod_lock(name):
+            record = state.read_pod(name)
+            if record is None:
+                return
+            if self._ifindex and record.id:
+                with open_router() as table:
+                    table.remove_guest(record.id, self._ifindex)
+            others = [guest for guest in running_guests(name) if guest.name != self.guest]
+            if not others and (record.ephemeral or not record.bridge):
+                _remove(record)
+
+
+def free_index(name: str) -> int:
+    taken = {guest.index for guest in running_guests(name)}
+    for index in range(GUEST_INDEX_MIN, GUEST_INDEX_MAX + 1):
+        if index not in taken:
+            return index
+    raise UklaunchError(f"pod {name!r} is full: it has {len(taken)} guests", "use another pod")
+
+
+@contextlib.contextmanager
+def joining(
+    name: str, guest: str, *, netns: Path | None = None, plan: AddressPlan | None = None
+) -> Iterator[Membership]:
+    """A guest's place in a pod for the length of a block; makes the pod if it is missing.
+
+    Inside, the TAP exists and can be handed to a VMM; `connect` then joins it to the pod, which takes longer. The
+    caller writes the guest's record, and holds its supervisor's lock, before `connect`.
+    """
+    import os
+
+    check_name("pod", name)
+    with contextlib.ExitStack() as lock:
+        lock.enter_context(state.pod_lock(name))
+        record = state.read_pod(name)
+        if record is not None and not record.bridge:
+            _remove(record)  # cut off half-way by a crash: nobody holds its lock, for we do
+            record = None
+        if record is not None and netns is not None and record.netns != str(netns):
+            raise UsageError(f"pod {name!r} is in {record.netns}, not in {netns}", "leave out --netns")
+        try:
+            if record is None:
+                record = _begin(name, plan=plan or AddressPlan(), netns=netns, ephemeral=True)
+            index = free_index(name)
+            tap = f"uktap{index}"
+            tap_fd = net.open_tap(Path(record.netns), tap)
+        except BaseException:
+            if (left := state.read_pod(name)) is not None and not left.bridge:
+                _undo(name)
+            raise
+        membership = Membership(record, guest, index, tap, tap_fd, lock)
+        try:
+            yield membership
+        finally:
+            os.close(tap_fd)
+            membership.leave()
+
+
+# --- after a crash ---
+
+
+def forget_dead_guests(name: str) -> None:
+    """Take the rows of guests whose TAP is gone out of the router."""
+    with state.pod_lock(name):
+        record = state.read_pod(name)
+        if record is None or not record.id or not Path(record.netns).exists():
+            return
+        present = set(net.link_indexes(Path(record.netns)).values())
+        with open_router() as table:
+            for row in table.guests(record.id):
+                if row.ifindex not in present:
+                    table.remove_guest(record.id, row.ifindex)
+
+
+def forget_unknown_ids() -> list[int]:
+    """Remove pods from the router that no record knows. Returns their ids."""
+    if not router.is_loaded():
+        return []
+    with state.lock(state.root() / "lock"), open_router() as table:
+        known = {record.id for record in state.pods()}
+        unknown = sorted(set(table.pod_ids()) - known)
+        for pod_id in unknown:
+            table.remove_pod(pod_id)
+        return unknown

@@ -1,0 +1,262 @@
+"""What uklaunch remembers between its processes: /run/uklaunch, one JSON file per pod and per guest, and locks.
+
+    lock                        held for a moment, while a pod id is taken
+    pods/POD.lock               held while the pod's structure changes
+    pods/POD.json               PodRecord
+    guests/POD/GUEST/           private to root
+        guest.json              GuestRecord
+        supervisor.lock         held by the supervisor for as long as it lives
+        vmm.lock                held by the VMM (it inherits the descriptor) for as long as it lives
+        console.log
+
+The kernel holds the truth about devices and programs; these files say whose they are. Whether something is alive
+is asked of its lock, never of a pid: pids are reused, locks end with their holder. The locks are flock(2): they
+belong to the open file, so a child that inherits it holds it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import UklaunchError, UsageError
+
+TAG = "uklaunch"  # in the alias of every link that we make
+NETNS_DIR = Path("/run/netns")
+
+
+def root() -> Path:
+    return Path(os.environ.get("UKLAUNCH_STATE", "/run/uklaunch"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodRecord:
+    """A pod. `bridge` 0: its set-up is under way, or was cut off when nobody holds the pod's lock."""
+
+    name: str
+    id: int = 0  # the router's number for it, 1..65535
+    netns: str
+    adopted: bool = False  # the namespace is a stranger's: leave it as it was
+    ephemeral: bool = False  # made by `run`: goes with its last guest
+    bridge: int = 0  # interface index
+    ipv4: str
+    ipv6: str
+    own_clsact: bool = False  # lo's clsact qdisc was made by us
+    saved_sysctls: dict[str, str]  # what an adopted namespace had before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestRecord:
+    """A guest, running or not. Times are seconds since the epoch."""
+
+    name: str
+    pod: str
+    index: int
+    mac: str
+    ipv4: str
+    ipv6: str
+    tap: str
+    image: str
+    family: str
+    vmm: str
+    accel: str
+    machine: str = ""
+    memory_mib: int
+    cpus: int
+    ports: tuple[str, ...] = ()
+    supervisor_pid: int
+    vmm_pid: int = 0
+    status: str = "starting"  # starting, running, ready, stopping, exited
+    started_at: float
+    ready_at: float | None = None
+    exited_at: float | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    remove_when_done: bool = False
+
+    @property
+    def directory(self) -> Path:
+        return guest_dir(self.pod, self.name)
+
+    @property
+    def console_log(self) -> Path:
+        return self.directory / "console.log"
+
+
+Record = TypeVar("Record", PodRecord, GuestRecord)
+
+
+def pod_file(pod: str) -> Path:
+    return root() / "pods" / f"{pod}.json"
+
+
+def guest_dir(pod: str, name: str) -> Path:
+    return root() / "guests" / pod / name
+
+
+def _read(cls: type[Record], path: Path) -> Record | None:
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as exc:
+        raise UklaunchError(f"{path} is damaged: {exc}", "remove it, then run: uklaunch gc") from exc
+    except OSError as exc:
+        raise state_error(path, exc) from exc
+
+
+def state_error(path: Path, exc: OSError) -> UklaunchError:
+    """An errno from our own state files, for a person."""
+    hint = {
+        errno.EACCES: "run uklaunch as root",
+        errno.ENOSPC: "free some space there",
+    }.get(exc.errno or 0, "")
+    return UklaunchError(f"cannot use {path}: {exc.strerror}", hint)
+
+
+def _write(path: Path, record: PodRecord | GuestRecord) -> None:
+    """Replace the file in one step: a reader sees the old or the new record, never half of one."""
+    new = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        new.write_text(json.dumps(asdict(record), indent=1) + "\n")
+        new.replace(path)
+    except OSError as exc:
+        raise state_error(path, exc) from exc
+
+
+# --- pods ---
+
+
+def read_pod(name: str) -> PodRecord | None:
+    return _read(PodRecord, pod_file(name))
+
+
+def get_pod(name: str) -> PodRecord:
+    """Raises UsageError if there is no such pod."""
+    record = read_pod(name)
+    if record is None:
+        raise UsageError(f"there is no pod {name!r}", "see the pods there are: uklaunch pod ls")
+    return record
+
+
+def write_pod(record: PodRecord) -> None:
+    _write(pod_file(record.name), record)
+
+
+def forget_pod(name: str) -> None:
+    pod_file(name).unlink(missing_ok=True)
+
+
+def pods() -> list[PodRecord]:
+    found = (read_pod(path.stem) for path in sorted((root() / "pods").glob("*.json")))
+    return [record for record in found if record is not None]
+
+
+# --- guests ---
+
+
+def read_guest(pod: str, name: str) -> GuestRecord | None:
+    return _read(GuestRecord, guest_dir(pod, name) / "guest.json")
+
+
+def write_guest(record: GuestRecord) -> GuestRecord:
+    _write(record.directory / "guest.json", record)
+    return record
+
+
+def update_guest(record: GuestRecord, **changes: Any) -> GuestRecord:
+    return write_guest(replace(record, **changes))
+
+
+def forget_guest(pod: str, name: str) -> None:
+    shutil.rmtree(guest_dir(pod, name), ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: it has other guests
+        guest_dir(pod, name).parent.rmdir()
+
+
+def guests(pod: str | None = None) -> list[GuestRecord]:
+    found = (
+        read_guest(path.parent.parent.name, path.parent.name)
+        for path in sorted((root() / "guests").glob(f"{pod or '*'}/*/guest.json"))
+    )
+    return [record for record in found if record is not None]
+
+
+def find_guest(reference: str) -> GuestRecord:
+    """The guest that `NAME` or `POD/NAME` means. Raises UsageError if it means none, or several."""
+    pod, _, name = reference.rpartition("/")
+    matches = [record for record in guests() if record.name == name and pod in ("", record.pod)]
+    if not matches:
+        raise UsageError(f"there is no guest {reference!r}", "see the guests there are: uklaunch ps -a")
+    if len(matches) > 1:
+        choices = ", ".join(f"{record.pod}/{record.name}" for record in matches)
+        raise UsageError(f"{reference!r} means more than one guest: {choices}", "name the pod too")
+    return matches[0]
+
+
+def supervised(record: GuestRecord) -> bool:
+    return is_held(record.directory / "supervisor.lock")
+
+
+def vmm_runs(record: GuestRecord) -> bool:
+    return is_held(record.directory / "vmm.lock")
+
+
+def alive(record: GuestRecord) -> bool:
+    return supervised(record) or vmm_runs(record)
+
+
+# --- locks ---
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[int]:
+    """Hold an exclusive lock on the file; blocks while another process does. Yields the descriptor, close-on-exec."""
+    while True:
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise state_error(path, exc) from exc
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            # The one who held it may have removed the file: what we hold then is a lock on nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    yield fd
+                    return
+        finally:
+            os.close(fd)
+
+
+def pod_lock(name: str) -> contextlib.AbstractContextManager[int]:
+    return lock(root() / "pods" / f"{name}.lock")
+
+
+def is_held(path: Path) -> bool:
+    """Does a living process hold the lock?"""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise state_error(path, exc) from exc
+    try:
+        # Shared, so that two who ask at once do not take each other for the holder.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

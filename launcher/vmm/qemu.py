@@ -1,0 +1,420 @@
+"""QEMU: from a `Boot` to its argument list, its process and its QMP session.
+
+QEMU gets every descriptor ready-made (TAP, QMP and console socketpairs, image files) and so needs nothing: it runs
+as nobody, without capabilities, under seccomp, in a network namespace with nothing in it. It starts paused, so that
+it can load while the pod is being made.
+
+Sources: qemu-system-x86_64(1), docs/system/i386/microvm.rst, docs/interop/qmp-spec.rst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ..errors import UklaunchError
+from ..model import Accel, Boot, Disk, Machine, format_mac
+
+if TYPE_CHECKING:
+    from qemu.qmp import EventListener, QMPClient
+
+BINARY = "qemu-system-x86_64"
+NOBODY = 65534
+OVERLAY_DIR = Path("/var/tmp")  # on disk, not in memory: a guest may write as much as its disk holds
+STDERR_LINES_KEPT = 20
+QMP_TIMEOUT_S = 30
+
+MACHINES = {
+    Machine.MICROVM: "microvm,acpi=on,pcie=off,rtc=on,pit=on,pic=on,isa-serial=on,usb=off,graphics=off",
+    Machine.PC: "pc,usb=off,smbus=off,vmport=off,graphics=off,hpet=off",
+    Machine.Q35: "q35,usb=off,smbus=off,sata=off,vmport=off,graphics=off,hpet=off",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskFds:
+    """Descriptors of one disk: `base` read-only, `overlay` (qcow2, read-write) over it if the guest may write."""
+
+    base: int
+    qcow2: bool
+    overlay: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fds:
+    """All that QEMU gets beside its argument list."""
+
+    tap: int
+    qmp: int
+    console: int
+    kernel: int | None = None
+    initrd: int | None = None
+    disks: tuple[DiskFds, ...] = ()
+
+    def all(self) -> list[int]:
+        optional = [self.kernel, self.initrd, *(disk.overlay for disk in self.disks)]
+        return [
+            self.tap,
+            self.qmp,
+            self.console,
+            *(disk.base for disk in self.disks),
+            *(fd for fd in optional if fd is not None),
+        ]
+
+
+def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]:
+    """QEMU's argument list."""
+    bus = "device" if machine is Machine.MICROVM else "pci"
+    csum = "" if boot.guest_csum else ",guest_csum=off"
+    args = [
+        *("-machine", MACHINES[machine]),
+        *("-accel", "kvm" if accel is Accel.KVM else "tcg,thread=multi"),
+        *("-cpu", "host" if accel is Accel.KVM else "max"),
+        *("-m", f"{boot.memory_mib}M"),
+        *("-smp", str(boot.cpus)),
+        "-nodefaults",  # only the devices named here
+        "-no-user-config",
+        *("-display", "none"),
+        "-no-reboot",  # a guest that resets ends; starting it again is the supervisor's decision
+        "-S",  # paused, until the pod is made
+        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp}"),
+        *("-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=console,fd={fds.console}"),
+        *("-serial", "chardev:console"),
+        *("-netdev", f"tap,id=net0,fd={fds.tap}"),
+        *(
+            "-device",
+            f"virtio-net-{bus},netdev=net0,mac={format_mac(boot.nic.mac)}{csum}"
+            + (",romfile=" if bus == "pci" else ""),  # no network boot
+        ),
+        *("-device", f"virtio-rng-{bus}"),
+    ]
+    if machine is Machine.MICROVM:
+        args += ["-global", "virtio-mmio.force-legacy=off"]
+    # QEMU opens these by name: /proc/self/fd opens what the descriptor is, whatever is at its path by now.
+    if fds.kernel is not None:
+        args += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", boot.cmdline]
+    if fds.initrd is not None:
+        args += ["-initrd", f"/proc/self/fd/{fds.initrd}"]
+    for number, disk in enumerate(fds.disks):
+        args += _disk_arguments(number, disk, bus, boots=boot.kernel is None and number == 0)
+    return args
+
+
+def _disk_arguments(number: int, disk: DiskFds, bus: str, *, boots: bool) -> Iterator[str]:
+    def blockdev(**options: Any) -> tuple[str, str]:
+        return "-blockdev", json.dumps({key.replace("_", "-"): value for key, value in options.items()})
+
+    def file_node(name: str, fd: int, fdset: int, *, read_only: bool) -> Iterator[str]:
+        yield from ("-add-fd", f"fd={fd},set={fdset}")
+        yield from blockdev(
+            driver="file",
+            node_name=name,
+            filename=f"/dev/fdset/{fdset}",
+            read_only=read_only,
+            locking="off",  # two guests may run from one image
+        )
+
+    top = f"disk{number}"
+    base = top if disk.overlay is None else f"{top}-base"
+    yield from file_node(f"{base}-file", disk.base, 2 * number + 1, read_only=True)
+    yield from blockdev(driver="qcow2" if disk.qcow2 else "raw", node_name=base, file=f"{base}-file", read_only=True)
+    if disk.overlay is not None:
+        yield from file_node(f"{top}-file", disk.overlay, 2 * number + 2, read_only=False)
+        yield from blockdev(driver="qcow2", node_name=top, file=f"{top}-file", backing=base)
+    yield from ("-device", f"virtio-blk-{bus},drive={top}" + (",bootindex=0" if boots else ""))
+
+
+# --- descriptors ---
+
+
+class _Opened(contextlib.ExitStack):
+    """The descriptors that QEMU will inherit; ours are closed when the block ends."""
+
+    def keep(self, fd: int) -> int:
+        self.callback(os.close, fd)
+        return fd
+
+    def bytes(self, name: str, parts: Iterable[Path | bytes], align: int = 1) -> int:
+        """A file in memory that holds the parts, each padded to a multiple of `align` bytes."""
+        fd = self.keep(os.memfd_create(name))
+        with open(fd, "wb", closefd=False) as out:
+            for part in parts:
+                if isinstance(part, Path):
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, out, 1 << 20)
+                else:
+                    out.write(part)
+                out.write(bytes(-out.tell() % align))
+        return fd
+
+    def file(self, path: Path) -> int:
+        return self.keep(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def readable(self, path: Path) -> int:
+        """The file, for QEMU to open again as nobody: as it is if anyone may read it, else a copy in memory."""
+        fd = self.file(path)
+        return fd if os.fstat(fd).st_mode & stat.S_IROTH else self.bytes(path.name, [path])
+
+    def disk(self, disk: Disk) -> DiskFds:
+        source = disk.source
+        base = self.bytes("disk", [source], 512) if isinstance(source, bytes) else self.file(source)
+        overlay = None if disk.readonly else self.overlay(base, disk)
+        return DiskFds(base=base, qcow2=disk.qcow2, overlay=overlay)
+
+    def overlay(self, base: int, disk: Disk) -> int:
+        """A nameless qcow2 over the disk, with the patches written into it: it goes when QEMU goes."""
+        fd = self.keep(os.open(OVERLAY_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        path, backing = f"/proc/self/fd/{fd}", f"/proc/self/fd/{base}"
+        layout = "qcow2" if disk.qcow2 else "raw"
+        commands = [["qemu-img", "create", "-q", "-f", "qcow2", "-F", layout, "-b", backing, path]]
+        with contextlib.ExitStack() as patches:
+            for offset, content in disk.patches:
+                file = patches.enter_context(tempfile.NamedTemporaryFile())
+                file.write(content)
+                file.flush()
+                write = f"write -q -s {file.name} {offset} {len(content)}"
+                commands.append(["qemu-io", "-f", "qcow2", "-c", write, path])
+            for command in commands:
+                try:
+                    subprocess.run(command, check=True, capture_output=True, text=True, pass_fds=(fd, base))
+                except FileNotFoundError:
+                    raise _missing(command[0], "qemu-utils") from None
+                except subprocess.CalledProcessError as exc:
+                    raise UklaunchError(
+                        f"{command[0]} cannot lay an overlay over the image",
+                        "is the image damaged? see: qemu-img check",
+                        exc.stderr or exc.stdout,
+                    ) from exc
+        return fd
+
+
+def _missing(command: str, package: str) -> UklaunchError:
+    return UklaunchError(f"the command {command} is missing", f"apt-get install {package}")
+
+
+def open_fds(opened: _Opened, boot: Boot, tap: int, qmp: int, console: int) -> Fds:
+    kernel = initrd = None
+    if boot.kernel is not None:
+        kernel = opened.readable(boot.kernel)
+    if len(boot.initrds) == 1 and isinstance(boot.initrds[0], Path):
+        initrd = opened.readable(boot.initrds[0])
+    elif boot.initrds:
+        initrd = opened.bytes("initrd", boot.initrds, 4)
+    return Fds(
+        tap=tap,
+        qmp=qmp,
+        console=console,
+        kernel=kernel,
+        initrd=initrd,
+        disks=tuple(opened.disk(disk) for disk in boot.disks),
+    )
+
+
+# --- the process ---
+
+
+@dataclass
+class Vmm:
+    """A running QEMU. `console` is a byte stream, both ways."""
+
+    process: trio.Process
+    machine: Machine
+    console: trio.SocketStream
+    command: list[str]
+    stderr: list[str] = field(default_factory=list)
+    stderr_ended: trio.Event = field(default_factory=trio.Event)
+    _client: QMPClient | None = None
+    _events: EventListener | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def wait(self) -> int:
+        """QEMU's exit code; negative: the signal that ended it."""
+        return await self.process.wait()
+
+    async def resume(self) -> None:
+        """Let the guest run. Raises UklaunchError if QEMU has died."""
+        await self._execute("cont")
+
+    async def power_down(self) -> None:
+        """Press the power button; the guest may take its time, or ignore it. A dead QEMU is no error."""
+        with contextlib.suppress(UklaunchError):
+            await self._execute("system_powerdown")
+
+    async def quit(self) -> None:
+        """Ask QEMU to end, whatever the guest thinks of it. A dead QEMU is no error."""
+        with contextlib.suppress(UklaunchError):
+            await self._execute("quit")
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    async def _execute(self, command: str) -> None:
+        from trio_asyncio import aio_as_trio
+
+        assert self._client is not None
+        async with self._explained(f"QEMU did not do {command!r}"):
+            await aio_as_trio(self._client.execute)(command)
+
+    async def connect(self, sock: socket.socket) -> None:
+        """Wait until QEMU has set itself up. Raises UklaunchError if it cannot."""
+        from qemu.qmp import EventListener, QMPClient
+        from trio_asyncio import aio_as_trio
+
+        self._client = QMPClient("guest")
+        self._events = EventListener(("SHUTDOWN", "GUEST_PANICKED"))
+        self._client.register_listener(self._events)
+        async with self._explained("QEMU did not start"):
+            await aio_as_trio(self._client.connect)(sock)
+        # The greeting can come before QEMU gives up on, say, a bad CPU model.
+        await self._execute("query-status")
+
+    @contextlib.asynccontextmanager
+    async def _explained(self, what: str) -> AsyncIterator[None]:
+        """A QEMU that dies under a command shows as one of QMP's errors, as EOF, or as both in a group."""
+        from qemu.qmp import QMPError
+
+        failure: BaseException | None = None
+        try:
+            with trio.fail_after(QMP_TIMEOUT_S):
+                yield
+        except* (QMPError, EOFError, OSError, trio.TooSlowError) as group:
+            failure = group
+        if failure is not None:
+            with trio.move_on_after(1):  # its exit code and last words follow the end of its socket
+                await self.process.wait()
+                await self.stderr_ended.wait()
+            raise self.failure(what) from failure
+
+    async def disconnect(self) -> None:
+        from trio_asyncio import aio_as_trio
+
+        if self._client is not None:
+            with contextlib.suppress(Exception):
+                await aio_as_trio(self._client.disconnect)()
+
+    async def shutdown_reason(self) -> str:
+        """Why QEMU ended, in QMP's words (`guest-shutdown`, `guest-reset`, ...), once it has; "" if it did not say."""
+        from qemu.qmp import Runstate
+        from trio_asyncio import aio_as_trio
+
+        client = self._client
+        if client is None or self._events is None:
+            return ""
+        with trio.move_on_after(1):  # what QEMU wrote last is read, then its end of the socket
+            while client.runstate == Runstate.RUNNING:
+                await aio_as_trio(client.runstate_changed)()
+        events = self._events.clear()
+        for event in events:
+            if event["event"] == "GUEST_PANICKED":
+                return "guest-panic"
+        reasons = [event.get("data", {}).get("reason", "") for event in events]
+        return str(reasons[-1]) if reasons else ""
+
+    def failure(self, what: str) -> UklaunchError:
+        code = self.process.returncode
+        state = "" if code is None else f", exit code {code}" if code >= 0 else f", {_signal(-code)}"
+        why = f": {self.stderr[-1]}" if self.stderr else ""
+        detail = "\n".join([*self.stderr, "command: " + " ".join(self.command)])
+        return UklaunchError(f"{what}{state}{why}", "-v shows the command and all it said", detail)
+
+
+def _signal(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+def confined(command: list[str], groups: Iterable[int]) -> list[str]:
+    """The command as nobody, without capabilities or network; util-linux does each of these, and execs."""
+    keep = ",".join(str(group) for group in groups)
+    return [
+        *("unshare", "--net", "--ipc", "--uts", "--"),
+        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}"),
+        f"--groups={keep}" if keep else "--clear-groups",
+        *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"),
+        *command,
+    ]
+
+
+def pick_machine(boot: Boot) -> Machine:
+    return boot.machines[0]
+
+
+@contextlib.asynccontextmanager
+async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | None, lock_fd: int) -> AsyncIterator[Vmm]:
+    """A paused QEMU for the length of a block; killed at its end if it still runs.
+
+    `lock_fd` is inherited: its lock is held while QEMU lives. The
+    caller watches `wait()`. Raises UklaunchError if QEMU cannot start.
+    """
+    binary = shutil.which(BINARY)
+    if binary is None:
+        raise _missing(BINARY, "qemu-system-x86")
+    machine = pick_machine(boot)
+    async with contextlib.AsyncExitStack() as stack:
+        qmp_ours, qmp_theirs = (stack.enter_context(end) for end in socket.socketpair())
+        console_ours, console_theirs = (stack.enter_context(end) for end in socket.socketpair())
+        with _Opened() as opened:
+            fds = open_fds(opened, boot, tap_fd, qmp_theirs.fileno(), console_theirs.fileno())
+            command = [binary, *arguments(boot, machine, accel, fds)]
+            groups = () if kvm_group is None else (kvm_group,)
+            process = await trio.lowlevel.open_process(
+                confined(command, groups),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[*fds.all(), lock_fd],
+                cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath)},
+                start_new_session=True,  # a Ctrl-C on our terminal is for us alone
+            )
+        qmp_theirs.close()
+        console_theirs.close()
+        console = trio.SocketStream(trio.socket.from_stdlib_socket(console_ours))
+        vmm = Vmm(process, machine, console, command)
+        stack.push_async_callback(_reap, vmm)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_collect_stderr, vmm)
+        from trio_asyncio import open_loop  # while QEMU loads
+
+        await stack.enter_async_context(open_loop())
+        await vmm.connect(qmp_ours)
+        yield vmm
+        nursery.cancel_scope.cancel()
+
+
+async def _reap(vmm: Vmm) -> None:
+    with trio.CancelScope(shield=True):
+        await vmm.disconnect()
+        if vmm.process.returncode is None:
+            vmm.kill()
+        await vmm.process.wait()
+
+
+async def _collect_stderr(vmm: Vmm) -> None:
+    assert vmm.process.stderr is not None
+    rest = b""
+    async for chunk in vmm.process.stderr:
+        *lines, rest = (rest + chunk).split(b"\n")
+        vmm.stderr += [line.decode(errors="replace") for line in lines if line.strip()]
+        del vmm.stderr[:-STDERR_LINES_KEPT]
+        rest = rest[-4096:]
+    vmm.stderr_ended.set()
