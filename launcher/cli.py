@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from . import state
 from .errors import ExitCode, ImageNotFound, UklaunchError, UsageError
 from .model import Accel, Family, Port, check_name, parse_memory_mib
+from .timeline import mark
 
 DEFAULT_BUNDLE = Path("/var/lib/uklaunch/default")
 DEFAULT_MEMORY_MIB = 128
@@ -111,6 +112,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         cmdline=args.cmdline,
         ports=tuple(dict.fromkeys((*image.ports, *ports))),
     )
+    mark("args")
     from . import foreground
 
     if args.detach:
@@ -492,6 +494,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     global verbosity, debug
+    mark("cli")
     args = parser().parse_args(argv)
     verbosity, debug = int(args.verbose), args.debug
     try:

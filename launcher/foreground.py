@@ -11,12 +11,13 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import ExitCode, UklaunchError, first_error
 from .model import Accel, GuestSpec
+from .timeline import mark
 
 if TYPE_CHECKING:
     from .run import Guest, RunOptions
@@ -102,7 +103,7 @@ async def type_stdin(guest: Guest) -> None:
             return
 
 
-async def _supervise(spec: GuestSpec, options: RunOptions, *tasks: Callable[[Guest], object]) -> int:
+async def _supervise(spec: GuestSpec, options: RunOptions, *tasks: Callable[[Guest], Awaitable[None]]) -> int:
     """Run the guest, with a task for each of `tasks`, until it ends; SIGINT and SIGTERM stop it in order.
 
     A signal that comes while the guest is being launched takes the launch back.
@@ -111,13 +112,15 @@ async def _supervise(spec: GuestSpec, options: RunOptions, *tasks: Callable[[Gue
 
     from .run import run_guest
 
+    mark("trio")
+
     received: list[int] = []
     guest: Guest | None = None
     code = 0
 
-    async def on_signals(signals: object, whole: trio.CancelScope) -> None:
+    async def on_signals(signals: AsyncIterator[int], whole: trio.CancelScope) -> None:
         async with trio.open_nursery() as stopping:
-            async for number in signals:  # type: ignore[attr-defined]
+            async for number in signals:
                 received.append(number)
                 if guest is None:
                     whole.cancel()

@@ -71,11 +71,11 @@ class Port:
     @classmethod
     def parse(cls, text: str) -> Port:
         """`8080`, `8080/tcp`, `53/udp`. Raises UsageError."""
-        number, _, protocol = text.partition("/")
+        number, slash, protocol = text.partition("/")
         if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 65535):
             raise UsageError(f"port {text!r} is not a number from 1 to 65535", "write it as 8080 or 53/udp")
         try:
-            return cls(int(number), Protocol(protocol or "tcp"))
+            return cls(int(number), Protocol(protocol if slash else "tcp"))
         except ValueError:
             raise UsageError(f"port {text!r}: protocol {protocol!r} is not tcp or udp") from None
 

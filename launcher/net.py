@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .errors import UklaunchError
 from .model import AddressPlan, format_mac
 from .state import NETNS_DIR, TAG
+from .timeline import mark
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -207,6 +208,7 @@ def _iproute(netns: Path, what: str) -> Iterator[IPRoute]:
     """pyroute2 on a socket of ours: its own way into a namespace forks the process."""
     from pyroute2 import IPRoute
 
+    mark("pyroute2")
     with _explained(what):
         sock = in_netns(netns, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 0))
         ip = IPRoute(use_socket=sock)

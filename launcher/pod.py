@@ -7,6 +7,7 @@ made: whatever is cut off half-way has a record by which it is found and removed
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ import router
 from . import net, state
 from .errors import UklaunchError, UsageError
 from .model import GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, check_name
+from .timeline import mark
 
 NAMESPACE_PREFIX = "uk-"
 
@@ -70,6 +72,7 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     record = replace(record, saved_sysctls=net.write_sysctls(netns, net.LOOPBACK_SYSCTLS))
     state.write_pod(record)
     bridge = net.make_bridge(netns, plan, record.name)
+    mark("bridge")
     with state.lock(state.root() / "lock"):  # two pods must not take one id
         taken = table.pod_ids()
         record = replace(record, id=next(n for n in range(1, 1 << 16) if n not in taken))
@@ -279,8 +282,6 @@ def joining(
     Inside, the TAP exists and can be handed to a VMM; `connect` then joins it to the pod, which takes longer. The
     caller writes the guest's record, and holds its supervisor's lock, before `connect`.
     """
-    import os
-
     check_name("pod", name)
     with contextlib.ExitStack() as lock:
         lock.enter_context(state.pod_lock(name))
@@ -295,7 +296,9 @@ def joining(
                 record = _begin(name, plan=plan or AddressPlan(), netns=netns, ephemeral=True)
             index = free_index(name)
             tap = f"uktap{index}"
+            mark("namespace")
             tap_fd = net.open_tap(Path(record.netns), tap)
+            mark("tap")
         except BaseException:
             if (left := state.read_pod(name)) is not None and not left.bridge:
                 _undo(name)

@@ -28,6 +28,7 @@ from .console import Console
 from .errors import ExitCode, UklaunchError, UsageError
 from .guests import FAMILIES
 from .model import Accel, AddressPlan, Boot, ExitReason, GuestSpec, check_name, format_mac
+from .timeline import mark
 from .vmm import VMMS
 from .vmm.accel import KvmStatus, choose
 from .vmm.qemu import Vmm
@@ -169,10 +170,10 @@ class Guest:
         sink = self.options.on_console
         with trio.CancelScope(shield=True), contextlib.suppress(trio.BrokenResourceError):
             async for data in self.vmm.console:
-                self.console.write(data)
+                self.console.write(bytes(data))
                 if sink is not None:
                     try:
-                        await sink(data)
+                        await sink(bytes(data))
                     except OSError:  # nobody reads our output any more; the log goes on
                         sink = None
         copied.set()
@@ -202,6 +203,7 @@ class Guest:
             await _answers(self.netns, {self.ipv4, self.ipv6} if self.boot.ipv6 else {self.ipv4})
         if not self._stop_asked:
             self.update(status="ready", ready_at=time.time())
+        mark("ready")
         self.ready.set()
         if self.boot.ipv6 is None:
             # The router serves ::1 by this guest from its first answer on; one that has no IPv6 never gives it.
@@ -371,6 +373,7 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
 
         async def connect() -> None:
             await trio.to_thread.run_sync(member.connect, spec.ports)
+            mark("joined")
             connected.set()
 
         async with trio.open_nursery() as nursery:
@@ -386,5 +389,6 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
                 guest = Guest(place.record, boot, vmm, member.netns, options, place.console)
                 guest.update(status="running", vmm_pid=vmm.pid, machine=vmm.machine.value)
                 await vmm.resume()
+                mark("resumed")
                 async with guest._tended():
                     yield guest

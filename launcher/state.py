@@ -106,7 +106,8 @@ def _read(cls: type[Record], path: Path) -> Record | None:
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{key: value for key, value in {**values, **lists}.items() if key in known})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as exc:

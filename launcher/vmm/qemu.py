@@ -27,6 +27,7 @@ import trio
 
 from ..errors import UklaunchError
 from ..model import Accel, Boot, Disk, Machine, format_mac
+from ..timeline import mark
 
 if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient
@@ -160,7 +161,7 @@ class _Opened(contextlib.ExitStack):
                 else:
                     out.write(part)
                 out.write(bytes(-out.tell() % align))
-        return fd
+        return self.file(Path(f"/proc/self/fd/{fd}"))  # read-only: QEMU's fdsets tell the two apart
 
     def file(self, path: Path) -> int:
         return self.keep(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
@@ -306,9 +307,9 @@ class Vmm:
     async def disconnect(self) -> None:
         from trio_asyncio import aio_as_trio
 
-        if self._client is not None:
-            with contextlib.suppress(Exception):
-                await aio_as_trio(self._client.disconnect)()
+        assert self._client is not None
+        with trio.CancelScope(shield=True), contextlib.suppress(Exception):  # a dead QEMU is no news here
+            await aio_as_trio(self._client.disconnect)()
 
     async def shutdown_reason(self) -> str:
         """Why QEMU ended, in QMP's words (`guest-shutdown`, `guest-reset`, ...), once it has; "" if it did not say."""
@@ -386,6 +387,7 @@ async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | No
                 env={"PATH": os.environ.get("PATH", os.defpath)},
                 start_new_session=True,  # a Ctrl-C on our terminal is for us alone
             )
+        mark("vmm-exec")
         qmp_theirs.close()
         console_theirs.close()
         console = trio.SocketStream(trio.socket.from_stdlib_socket(console_ours))
@@ -396,14 +398,15 @@ async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | No
         from trio_asyncio import open_loop  # while QEMU loads
 
         await stack.enter_async_context(open_loop())
+        stack.push_async_callback(vmm.disconnect)
         await vmm.connect(qmp_ours)
+        mark("qmp")
         yield vmm
         nursery.cancel_scope.cancel()
 
 
 async def _reap(vmm: Vmm) -> None:
     with trio.CancelScope(shield=True):
-        await vmm.disconnect()
         if vmm.process.returncode is None:
             vmm.kill()
         await vmm.process.wait()

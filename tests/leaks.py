@@ -1,0 +1,60 @@
+"""What of ours exists on this machine, as lines of text: taken before and after, the difference is a leak.
+
+The router itself stays: it is loaded once per host and pinned, on purpose. Its rows are ours, pod by pod.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import router
+from launcher import state
+
+PREFIXES = ("uk", "ukt-")
+
+
+def ours() -> set[str]:
+    return {*_namespaces(), *_links(), *_qdiscs(), *_files(), *_processes(), *_router_rows()}
+
+
+def _namespaces() -> Iterator[str]:
+    for path in state.NETNS_DIR.glob("uk*"):
+        yield f"namespace {path}"
+
+
+def _links() -> Iterator[str]:
+    """Links in the host's own namespace; those of a pod go with its namespace."""
+    for path in Path("/sys/class/net").glob("uk*"):
+        yield f"link {path.name}"
+
+
+def _qdiscs() -> Iterator[str]:
+    out = subprocess.run(["tc", "qdisc", "show"], check=True, capture_output=True, text=True).stdout
+    for line in out.splitlines():
+        if "clsact" in line:
+            yield f"qdisc {line.strip()}"
+
+
+def _files() -> Iterator[str]:
+    for path in Path("/run/uklaunch").rglob("*"):
+        if path.is_file() and path.suffix != ".lock" and path.name != "lock":
+            yield f"file {path}"
+
+
+def _processes() -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if words[0].endswith(b"qemu-system-x86_64") and b"id=qmp," in b" ".join(words):
+            yield f"process {path.name}: {words[0].decode()}"
+
+
+def _router_rows() -> Iterator[str]:
+    if router.is_loaded():
+        with router.open_router() as table:
+            for pod_id in table.pod_ids():
+                yield f"router rows of pod {pod_id}"
