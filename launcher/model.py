@@ -195,6 +195,7 @@ class Image:
     disks: tuple[Path, ...] = ()
     disks_qcow2: tuple[bool, ...] = ()
     cmdline: str = ""  # the image's own: its manifest's, or the one found inside it
+    etc: Mapping[str, bytes] = field(default_factory=dict)  # files of an OSv image's /etc, which a disk of ours hides
     env: Mapping[str, str] = field(default_factory=dict)
     memory_mib: int | None = None
     cpus: int | None = None

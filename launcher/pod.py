@@ -327,13 +327,17 @@ def forget_dead_guests(name: str) -> None:
                     table.remove_guest(record.id, row.ifindex)
 
 
+def unknown_ids(table: router.Router) -> list[int]:
+    """Pods in the router that no record knows."""
+    return sorted(set(table.pod_ids()) - {record.id for record in state.pods()})
+
+
 def forget_unknown_ids() -> list[int]:
     """Remove pods from the router that no record knows. Returns their ids."""
     if not router.is_loaded():
         return []
     with state.lock(state.root() / "lock"), open_router() as table:
-        known = {record.id for record in state.pods()}
-        unknown = sorted(set(table.pod_ids()) - known)
+        unknown = unknown_ids(table)
         for pod_id in unknown:
             table.remove_pod(pod_id)
         return unknown

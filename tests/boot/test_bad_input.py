@@ -1,0 +1,131 @@
+"""Bad input and machines that lack something: one line that says what, why and what to do; the documented exit code;
+nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import DEFAULT_BUNDLE
+
+from .. import leaks
+from ..cli import shown, uklaunch
+
+pytestmark = pytest.mark.boot
+
+USAGE, OURS, NOT_RUNNABLE, NOT_FOUND = 2, 125, 126, 127
+POD = "bad-input"
+RUN = ("run", "default", "--pod", POD)
+
+
+@dataclass(frozen=True)
+class Case:
+    args: tuple[str, ...]
+    code: int
+    says: str  # part of the line
+    wrap: str = ""
+    needs_root: bool = True
+
+
+CASES = {
+    "no command": Case((), USAGE, "required"),
+    "unknown command": Case(("fly",), USAGE, "invalid choice"),
+    "no pod": Case(("run", "default"), USAGE, "--pod"),
+    "no such image": Case(("run", "/nowhere.img", "--pod", POD), NOT_FOUND, "/nowhere.img"),
+    "a text file": Case(("run", "{tmp}/text", "--pod", POD), NOT_RUNNABLE, "text"),
+    "an empty file": Case(("run", "{tmp}/empty", "--pod", POD), NOT_RUNNABLE, "empty"),
+    "a gzip archive": Case(("run", "{tmp}/x.gz", "--pod", POD), NOT_RUNNABLE, "gzip"),
+    "truncated ELF": Case(("run", "{tmp}/short.elf", "--pod", POD), NOT_RUNNABLE, "truncated"),
+    "a directory without manifest": Case(("run", "{tmp}/bare", "--pod", POD), NOT_RUNNABLE, "uklaunch.toml"),
+    "bad TOML": Case(("run", "{tmp}/badtoml", "--pod", POD), USAGE, "uklaunch.toml"),
+    "unknown key": Case(("run", "{tmp}/badkey", "--pod", POD), USAGE, "kernal"),
+    "a device": Case(("run", "/dev/null", "--pod", POD), NOT_RUNNABLE, "/dev/null"),
+    "unknown family": Case((*RUN, "--family", "beos"), USAGE, "beos"),
+    "pod name with a slash": Case(("run", "default", "--pod", "a/b"), USAGE, "a/b"),
+    "pod name of 200 characters": Case(("run", "default", "--pod", "x" * 200), USAGE, "pod name"),
+    "guest name with a slash": Case((*RUN, "--name", "../x"), USAGE, "guest name"),
+    "guest name of 200 characters": Case((*RUN, "--name", "x" * 200), USAGE, "guest name"),
+    "memory 12Q": Case((*RUN, "-m", "12Q"), USAGE, "12Q"),
+    "no memory at all": Case((*RUN, "-m", "0"), USAGE, "memory"),
+    "port 70000": Case((*RUN, "--expose", "70000"), USAGE, "70000"),
+    "ready port 70000": Case((*RUN, "--ready-port", "70000"), USAGE, "70000"),
+    "no CPU": Case((*RUN, "--cpus", "0"), USAGE, "--cpus"),
+    "bad variable": Case((*RUN, "-e", "1=2"), USAGE, "1=2"),
+    "variable without value": Case((*RUN, "-e", "UKT_NOT_SET"), USAGE, "UKT_NOT_SET"),
+    "no such namespace": Case((*RUN, "--netns", "/run/netns/ukt-none"), OURS, "ukt-none"),
+    "a namespace that is none": Case((*RUN, "--netns", "/etc/passwd"), OURS, "/etc/passwd"),
+    "stop: no such guest": Case(("stop", "nobody"), USAGE, "nobody"),
+    "logs: no such guest": Case(("logs", "p/nobody"), USAGE, "nobody"),
+    "rm: no such guest": Case(("rm", "nobody"), USAGE, "nobody"),
+    "inspect: no such guest": Case(("inspect", "nobody"), USAGE, "nobody"),
+    "pod inspect: no such pod": Case(("pod", "inspect", "nopod"), USAGE, "nopod"),
+    "pod rm: no such pod": Case(("pod", "rm", "nopod"), USAGE, "nopod"),
+    "pod exec: no such pod": Case(("pod", "exec", "nopod", "--", "true"), USAGE, "nopod"),
+    "pod create: bad address": Case(("pod", "create", POD, "--ipv4", "10.0.0.300/24"), USAGE, "10.0.0.300"),
+    "flows: no such pod": Case(("flows", "nopod"), USAGE, "nopod"),
+    "no root": Case(
+        RUN, OURS, "root", wrap='exec setpriv --reuid 65534 --regid 65534 --clear-groups -- "$@"', needs_root=False
+    ),
+    "no QEMU": Case(RUN, OURS, "qemu-system-x86", wrap='PATH={tmp}/bin exec "$@"'),
+    "no /dev/net/tun": Case(
+        RUN,
+        OURS,
+        "modprobe tun",
+        wrap='exec unshare --mount sh -c \'mount -t tmpfs none /dev/net && exec "$@"\' sh "$@"',
+    ),
+    "no bpffs": Case(
+        RUN, OURS, "mount -t bpf", wrap='exec unshare --mount sh -c \'umount -l /sys/fs/bpf && exec "$@"\' sh "$@"'
+    ),
+    "QEMU that dies at once": Case((*RUN, "-m", "1000G"), OURS, "QEMU did not start"),
+    "KVM demanded and missing": Case(
+        (*RUN, "--accel", "kvm"),
+        OURS,
+        "/dev/kvm",
+        wrap='exec unshare --mount sh -c \'mount --bind /dev/null /dev/kvm; mount -t tmpfs none /dev && exec "$@"\' sh "$@"',
+    ),
+    "guest that never gets ready": Case(
+        (*RUN, "-d", "--rm", "--ready-port", "9", "--ready-timeout", "0.5", "--stop-timeout", "0"),
+        OURS,
+        "did not accept port 9 within 0.5 s",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("bad")
+    tmp.chmod(0o755)
+    (tmp / "text").write_text("hello\n")
+    (tmp / "empty").write_bytes(b"")
+    (tmp / "x.gz").write_bytes(b"\x1f\x8b\x08" + bytes(100))
+    kernel = (Path("/bin/true")).read_bytes()
+    (tmp / "short.elf").write_bytes(kernel[: len(kernel) // 3])
+    for name, manifest in (("bare", None), ("badtoml", "kernel = "), ("badkey", 'kernal = "x"')):
+        (tmp / name).mkdir()
+        if manifest is not None:
+            (tmp / name / "uklaunch.toml").write_text(manifest)
+    (tmp / "bin").mkdir()
+    for tool in ("ip", "unshare", "setpriv"):
+        (tmp / "bin" / tool).symlink_to(
+            next(p for p in map(Path, ("/usr/bin", "/usr/sbin", "/bin", "/sbin")) if (p / tool).exists()) / tool
+        )
+    return tmp
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(name: str, files: Path) -> None:
+    case = CASES[name]
+    assert os.geteuid() == 0, "the tests need root"
+    assert DEFAULT_BUNDLE.exists(), "run make setup-test"
+    before = leaks.ours()
+    args = [arg.replace("{tmp}", str(files)) for arg in case.args]
+    result = uklaunch(*args, wrap=case.wrap.replace("{tmp}", str(files)))
+    assert result.returncode == case.code, shown(result)
+    lines = [line for line in result.stderr.splitlines() if "using slow emulation" not in line]
+    assert len(lines) == 1, shown(result)
+    assert case.says in lines[0], shown(result)
+    assert result.stdout == "", shown(result)
+    assert leaks.ours() == before
