@@ -1,1 +1,56 @@
+"""The router of uklaunch, seen from Python: load it once per host, fill its tables, read what it does.
 
+    with router.open_router() as table:
+        table.add_pod(7, router.PodRow(...))       # then attach table.program_fd with class id 7
+        table.add_guest(7, router.GuestRow(...))
+
+Imports nothing of the launcher's. What is named here is imported when first used: `import router` is free.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import RouterError
+    from .model import (
+        PASSED,
+        REDIRECTED,
+        Endpoint,
+        Flow,
+        FlowState,
+        GuestRow,
+        PodRow,
+        PortRow,
+        Reason,
+    )
+    from .tables import Router, drop_reasons, is_loaded, open_router, unload_all
+
+__all__ = [
+    "PASSED",
+    "REDIRECTED",
+    "Endpoint",
+    "Flow",
+    "FlowState",
+    "GuestRow",
+    "PodRow",
+    "PortRow",
+    "Reason",
+    "Router",
+    "RouterError",
+    "drop_reasons",
+    "is_loaded",
+    "open_router",
+    "unload_all",
+]
+
+_HOMES = {"RouterError": "errors"} | dict.fromkeys(
+    ("Router", "drop_reasons", "is_loaded", "open_router", "unload_all"), "tables"
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES.get(name, 'model')}", __name__), name)

@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * What a guest may send: frames from its own MAC address, its own IPv4 and IPv6 addresses, and no word about anybody
+ * else's. The rest is dropped and counted by reason.
+ *
+ * Packets of a known flow do not come here: the flow table knows them by TAP and source address, they are given MAC
+ * addresses of ours, and the bridge never sees them.
+ */
+#pragma once
+
+#include "parse.h"
+
+#define ND_ROUTER_ADVERT 134
+#define ND_SOLICIT 135
+#define ND_ADVERT 136
+#define ND_REDIRECT 137
+
+static inline int count_drop(__u32 pod_id, __u32 reason)
+{
+	struct counters *c = pod_counters.lookup(&pod_id);
+
+	if (c && reason < DROP_SLOTS)
+		c->dropped[reason]++;
+	return TC_ACT_SHOT;
+}
+
+/* A link-local address is made by the guest itself, and no neighbour's business: there is nothing to check. */
+static inline int is_link_local(const struct addr *a)
+{
+	return (a->word[0] & be32(0xffc00000)) == be32(0xfe800000);
+}
+
+static inline int is_unspecified(const struct addr *a)
+{
+	return !(a->word[0] | a->word[1] | a->word[2] | a->word[3]);
+}
+
+struct arp_ipv4 {
+	__u16 hardware, protocol;
+	__u8 hardware_length, protocol_length;
+	__u16 operation;
+	__u8 sender_mac[6];
+	__u8 sender_ip[4];
+} __attribute__((packed));
+
+static inline int same_mac(const __u8 *a, const __u8 *b)
+{
+	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | (a[4] ^ b[4]) | (a[5] ^ b[5]));
+}
+
+/* Each check returns a drop reason, or -1: nothing wrong. */
+static inline int check_arp(struct __sk_buff *skb, struct guest *g)
+{
+	struct arp_ipv4 arp;
+	__u32 ip;
+
+	if (bpf_skb_load_bytes(skb, L3, &arp, sizeof(arp)) < 0)
+		return DROP_MALFORMED;
+	__builtin_memcpy(&ip, arp.sender_ip, 4);
+	if (arp.hardware != be16(1) || arp.protocol != be16(ETH_P_IP) || arp.hardware_length != ETH_ALEN ||
+	    arp.protocol_length != 4 || !same_mac(arp.sender_mac, g->mac))
+		return DROP_SPOOFED_ARP;
+	if (ip == g->ipv4.word[3]) {
+		g->seen_ipv4 = 1;
+		return -1;
+	}
+	return ip ? DROP_SPOOFED_ARP : -1; /* 0.0.0.0: a probe, RFC 5227 */
+}
+
+static inline int check_ipv4(struct packet *p, struct guest *g)
+{
+	if (!same_addr(&p->key.saddr, &g->ipv4))
+		return DROP_SPOOFED_IPV4;
+	if ((p->key.daddr.word[3] & be32(0xff000000)) == be32(0x7f000000))
+		return DROP_MARTIAN;
+	g->seen_ipv4 = 1;
+	return -1;
+}
+
+static inline int check_nd(struct __sk_buff *skb, struct packet *p, struct guest *g)
+{
+	struct addr target;
+	__u8 type;
+
+	if (bpf_skb_load_bytes(skb, p->l4, &type, 1) < 0)
+		return DROP_MALFORMED;
+	if (type == ND_ROUTER_ADVERT || type == ND_REDIRECT)
+		return DROP_ROUTER_ND;
+	if (type != ND_ADVERT)
+		return -1;
+	if (bpf_skb_load_bytes(skb, p->l4 + 8, &target, sizeof(target)) < 0)
+		return DROP_MALFORMED;
+	if (same_addr(&target, &g->ipv6)) {
+		g->seen_ipv6 = 1;
+		return -1;
+	}
+	return is_link_local(&target) ? -1 : DROP_SPOOFED_ND;
+}
+
+static inline int check_ipv6(struct __sk_buff *skb, struct packet *p, struct guest *g)
+{
+	struct addr *to = &p->key.daddr;
+	int own = same_addr(&p->key.saddr, &g->ipv6);
+
+	if (!own && !is_link_local(&p->key.saddr) && !is_unspecified(&p->key.saddr))
+		return DROP_SPOOFED_IPV6;
+	/* ::, ::1 and everything that looks like an IPv4 address to us: ::/96 and ::ffff:0:0/96 */
+	if (!(to->word[0] | to->word[1]) && (to->word[2] == 0 || to->word[2] == be32(0xffff)))
+		return DROP_MARTIAN;
+	if (own)
+		g->seen_ipv6 = 1;
+	return p->kind == KIND_ICMP ? check_nd(skb, p, g) : -1;
+}
+
+static inline int check_guest(struct __sk_buff *skb, struct packet *p, struct guest *g)
+{
+	struct ethhdr eth;
+
+	if (p->kind == KIND_MALFORMED || bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)) < 0)
+		return DROP_MALFORMED;
+	if (!same_mac(eth.h_source, g->mac))
+		return DROP_SPOOFED_MAC;
+	/* 01:80:c2:00:00:0x: spanning tree, LACP, LLDP and their like speak to the bridge itself */
+	if (eth.h_dest[0] == 0x01 && eth.h_dest[1] == 0x80 && eth.h_dest[2] == 0xc2 && eth.h_dest[3] == 0 &&
+	    eth.h_dest[4] == 0 && eth.h_dest[5] < 0x10)
+		return DROP_RESERVED_GROUP;
+	if (skb->vlan_present || p->ethertype == be16(ETH_P_8021Q) || p->ethertype == be16(ETH_P_8021AD))
+		return DROP_VLAN;
+	if (p->ethertype == be16(ETH_P_ARP))
+		return check_arp(skb, g);
+	if (p->ethertype == be16(ETH_P_IP))
+		return check_ipv4(p, g);
+	if (p->ethertype == be16(ETH_P_IPV6))
+		return check_ipv6(skb, p, g);
+	return DROP_ETHERTYPE;
+}

@@ -1,0 +1,209 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include <linux/pkt_cls.h>
+
+#include "ask.h"
+
+/* cls_bpf hands its class id to the program: net/sched/cls_bpf.c, cls_bpf_classify(). BPF_PROG_TEST_RUN cannot set one,
+ * so tests compile with -DPOD_ID_IN_MARK. */
+#ifdef POD_ID_IN_MARK
+#define POD_ID(skb) ((skb)->mark)
+#else
+#define POD_ID(skb) ((skb)->tc_classid)
+#endif
+
+static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *f, __u64 now)
+{
+	struct counters *c;
+
+	if (skb->len - L3 > f->mtu && !skb->gso_size)
+		return count_drop(p->pod_id, DROP_TOO_BIG);
+	if (p->key.proto == IPPROTO_TCP && p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) {
+		if (f->role == FLOW_REVERSE && !(f->seen & SEEN_ANSWER)) {
+			if (p->tcp_flags & TCP_RST)
+				forget_owner(p);
+			else if (p->key.ifindex != LO_IFINDEX)
+				learn_owner(p);
+		}
+		if (p->tcp_flags & TCP_SYN)
+			f->seen |= SEEN_ANSWER;
+		if (p->tcp_flags & TCP_FIN)
+			f->seen |= SEEN_FIN;
+		if (p->tcp_flags & TCP_RST)
+			f->seen |= SEEN_RST;
+	} else if (!(f->seen & SEEN_ANSWER) && p->key.proto == IPPROTO_UDP) {
+		f->seen |= SEEN_ANSWER;
+		if (f->role == FLOW_REVERSE && p->key.ifindex != LO_IFINDEX)
+			learn_owner(p);
+	}
+	f->last_ns = now;
+	f->packets++;
+	f->bytes += skb->len;
+	if (rewrite(skb, p, f))
+		return count_drop(p->pod_id, DROP_REWRITE_FAILED);
+	c = pod_counters.lookup(&p->pod_id);
+	if (c)
+		c->redirected++;
+	return bpf_redirect(f->ifindex, f->ifindex == LO_IFINDEX ? BPF_F_INGRESS : 0);
+}
+
+static inline int is_opening(struct packet *p)
+{
+	return p->key.proto == IPPROTO_UDP || (p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
+}
+
+/* Does the entry tell what to do with the packet, or is it to be decided anew? */
+static inline int is_settled(struct packet *p, struct flow *f, __u64 now)
+{
+	if (p->key.proto == IPPROTO_TCP)
+		return !is_opening(p);
+	return f->role != FLOW_FORWARD || (!(f->seen & SEEN_RST) && now - f->last_ns < UDP_IDLE_NS);
+}
+
+static inline int is_localhost(struct hook *h)
+{
+	struct addr *to = &h->p->key.daddr;
+	struct addr loopback;
+
+	set_loopback(&loopback, h->p->key.family);
+	if (same_addr(to, bridge_addr(h->pod, h->p->key.family)))
+		return 1;
+	return !h->self && same_addr(to, &loopback);
+}
+
+/* PASS: leave it to the pod's own stack */
+#define DECIDED_PASS 0
+
+/* Where does a new flow go? LO_IFINDEX, a TAP's ifindex, or DECIDED_PASS; 0 with scratch->candidates: ask them. */
+static inline __u32 decide(struct hook *h)
+{
+	struct packet *p = h->p;
+	struct addr loopback;
+	__u16 sport = p->key.proto == IPPROTO_TCP ? 0 : p->key.sport;
+
+	h->scratch->candidates = 0;
+	h->scratch->candidate = 0;
+	if (h->self) {
+		set_loopback(&loopback, p->key.family);
+		if (find_socket(h, &loopback, 0, &loopback, p->key.dport))
+			return LO_IFINDEX;
+	}
+	if (find_socket(h, &p->key.saddr, sport, &p->key.daddr, p->key.dport))
+		return DECIDED_PASS;
+	return find_server(h);
+}
+
+/* The first packet of a flow, or one that has to be decided anew: the entry to send it along, or NULL and a verdict. */
+static inline struct flow *open(struct hook *h, struct flow *old, int *verdict)
+{
+	struct packet *p = h->p;
+	struct guest *to = NULL;
+	__u32 ifindex, reason;
+
+	*verdict = TC_ACT_UNSPEC;
+	ifindex = decide(h);
+	if (old && old->role == FLOW_FORWARD && ifindex && old->ifindex == ifindex) {
+		old->seen = 0;
+		return old;
+	}
+	if (old)
+		forget_flow(h, old);
+	if (h->scratch->candidates) {
+		*verdict = ask_all(h);
+		return NULL;
+	}
+	if (ifindex == DECIDED_PASS)
+		return NULL;
+	if (ifindex != LO_IFINDEX) {
+		to = find_guest(p->pod_id, ifindex);
+		if (!to)
+			return NULL;
+	}
+	old = open_flow(h, ifindex, to, &reason);
+	if (!old)
+		*verdict = count_drop(p->pod_id, reason);
+	return old;
+}
+
+/* A packet without an entry that says what to do: the entry to send it along, or NULL and a verdict. */
+static inline struct flow *consider(struct hook *h, struct flow *f, int *verdict)
+{
+	struct packet *p = h->p;
+	int zero = 0;
+
+	*verdict = p->key.ifindex == LO_IFINDEX ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	h->pod = pods.lookup(&p->pod_id);
+	h->scratch = scratch.lookup(&zero);
+	if (!h->pod || !h->scratch)
+		return NULL;
+	if (f && f->role == FLOW_CANDIDATE) {
+		*verdict = from_candidate(h, f);
+		return *verdict == SEND_ALONG ? f : NULL;
+	}
+	if (p->key.ifindex != LO_IFINDEX) {
+		h->self = find_guest(p->pod_id, p->key.ifindex);
+		*verdict = h->self ? check_guest(h->skb, p, h->self) : DROP_UNKNOWN_GUEST;
+		if (*verdict >= 0) {
+			*verdict = count_drop(p->pod_id, *verdict);
+			return NULL;
+		}
+	}
+	*verdict = TC_ACT_UNSPEC;
+	if (p->kind != KIND_FLOW || !is_opening(p) || !is_localhost(h))
+		return NULL;
+	return open(h, f, verdict);
+}
+
+int localhost(struct __sk_buff *skb)
+{
+	struct packet p = {};
+	struct hook h = {.skb = skb, .p = &p};
+	struct flow *f = NULL;
+	__u64 now = bpf_ktime_get_ns();
+	int verdict;
+
+	p.pod_id = POD_ID(skb);
+	p.key.ifindex = skb->ifindex;
+	h.flows = flows.lookup(&p.pod_id);
+	if (!h.flows)
+		return p.key.ifindex == LO_IFINDEX ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	parse(skb, &p);
+	if (p.kind == KIND_FLOW && !skb->vlan_present)
+		f = bpf_map_lookup_elem(h.flows, &p.key);
+	if (!f || f->role == FLOW_CANDIDATE || !is_settled(&p, f, now)) {
+		if (p.key.ifindex == LO_IFINDEX && (p.kind != KIND_FLOW || !is_opening(&p)))
+			return TC_ACT_UNSPEC;
+		f = consider(&h, f, &verdict);
+		if (!f)
+			return verdict;
+	}
+	return forward(skb, &p, f, now);
+}
+
+/* Reached by a tail call only. */
+int ask(struct __sk_buff *skb)
+{
+	struct packet p;
+	struct hook h = {.skb = skb, .p = &p};
+	int zero = 0, i;
+
+	h.scratch = scratch.lookup(&zero);
+	if (!h.scratch)
+		return TC_ACT_SHOT;
+	p = h.scratch->packet;
+	h.flows = flows.lookup(&p.pod_id);
+	h.pod = pods.lookup(&p.pod_id);
+	if (!h.flows || !h.pod)
+		return TC_ACT_SHOT;
+	if (p.key.ifindex != LO_IFINDEX) {
+		h.self = find_guest(p.pod_id, p.key.ifindex);
+		if (!h.self)
+			return TC_ACT_SHOT;
+	}
+	for (i = 0; i < ASKED_PER_TURN; i++)
+		ask_next(&h);
+	if (h.scratch->next < h.pod->guest_count) {
+		h.scratch->packet = p;
+		programs.call(skb, PROGRAM_ASK);
+	}
+	return TC_ACT_STOLEN; /* a drop on `lo` would be the sender's congestion: net/ipv4/tcp_output.c, tcp_enter_cwr */
+}

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * Changing a packet's addresses, ports and MACs, checksums kept right.
+ *
+ * All writes go through helpers. A program that writes through packet pointers gets a prologue that unshares every
+ * cloned packet (net/core/filter.c, tc_cls_act_prologue), and what TCP sends over `lo` is cloned: plain loopback would
+ * pay for writes that never happen to it.
+ */
+#pragma once
+
+#include "parse.h"
+
+#ifndef BPF_F_CURRENT_NETNS
+#define BPF_F_CURRENT_NETNS (-1L)
+#endif
+
+/* RFC 1624: the checksum after what it covers has changed by `diff` (new minus old, as bpf_csum_diff() counts). */
+static inline __u16 adjust_csum(__u16 csum, __u32 diff)
+{
+	__u64 sum = (__u16)~csum;
+
+	sum += diff;
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/* saddr and daddr lie next to each other in struct flow_key and in struct flow. */
+static inline __u32 addrs_diff(struct addr *from, struct addr *to)
+{
+	return bpf_csum_diff((void *)from, 2 * sizeof(struct addr), (void *)to, 2 * sizeof(struct addr), 0);
+}
+
+static inline __u32 both_ports(__u16 sport, __u16 dport)
+{
+	union {
+		__u16 port[2];
+		__u32 both;
+	} u = {.port = {sport, dport}};
+
+	return u.both;
+}
+
+/* Make the packet what the flow says; `p` then describes the packet as it is now. 0, or negative: half-done. */
+static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *f)
+{
+	__u64 flags = p->key.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0; /* no checksum stays no checksum */
+	__u32 ports = both_ports(f->sport, f->dport), old_ports = both_ports(p->key.sport, p->key.dport);
+	int failed = 0;
+
+	/* Of a packet whose checksum the device is to fill in, the field holds the addresses' share only: hence
+	 * BPF_F_PSEUDO_HDR for them and not for the ports (include/linux/skbuff.h, CHECKSUM_PARTIAL). */
+	failed |= bpf_l4_csum_replace(skb, p->csum, 0, f->csum_diff, flags | BPF_F_PSEUDO_HDR);
+	if (ports != old_ports) {
+		failed |= bpf_l4_csum_replace(skb, p->csum, old_ports, ports, flags | sizeof(ports));
+		failed |= bpf_skb_store_bytes(skb, p->l4, &ports, sizeof(ports), 0);
+		p->key.sport = f->sport;
+		p->key.dport = f->dport;
+	}
+	if (p->key.family == 4) {
+		struct {
+			__u16 csum;
+			__u32 saddr;
+			__u32 daddr;
+		} __attribute__((packed)) ip;
+
+		ip.csum = p->ip_csum = adjust_csum(p->ip_csum, f->csum_diff);
+		ip.saddr = f->saddr.word[3];
+		ip.daddr = f->daddr.word[3];
+		failed |= bpf_skb_store_bytes(skb, IPV4_ADDRS - 2, &ip, sizeof(ip), 0);
+	} else {
+		failed |= bpf_skb_store_bytes(skb, IPV6_ADDRS, &f->saddr, 2 * sizeof(struct addr), 0);
+	}
+	p->key.saddr = f->saddr;
+	p->key.daddr = f->daddr;
+	failed |= bpf_skb_store_bytes(skb, 0, f->dmac, 2 * ETH_ALEN, 0);
+	return failed;
+}

@@ -1,0 +1,99 @@
+"""What the router is told and what it tells, as frozen dataclasses. No I/O, no bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+
+Address = IPv4Address | IPv6Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodRow:
+    """A pod's bridge, whose addresses are `localhost` to its guests."""
+
+    ifindex: int
+    mac: bytes
+    ipv4: IPv4Address
+    ipv6: IPv6Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestRow:
+    """A guest; `ifindex` is its TAP's. `ports` are those its user declared: ("tcp", 80).
+
+    `seen_ipv4` and `seen_ipv6` are the router's to set: whether the guest has ever sent from its address.
+    """
+
+    index: int
+    ifindex: int
+    mac: bytes
+    ipv4: IPv4Address
+    ipv6: IPv6Address
+    ports: tuple[tuple[str, int], ...] = ()
+    mtu: int = 1500
+    seen_ipv4: bool = False
+    seen_ipv6: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortRow:
+    """A guest serves a port: because its user said so, or because it was the first to answer for it."""
+
+    protocol: str
+    family: int  # 4 or 6
+    number: int
+    guest: int | None  # its index; None: it has left this moment
+    declared: bool
+
+
+class FlowState(StrEnum):
+    ASKING = "asking"  # put to several guests, none of which has answered
+    OPENING = "opening"  # sent, not answered
+    OPEN = "open"
+    CLOSING = "closing"  # one side has finished
+    CLOSED = "closed"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """`guest` is a guest's index, or None: something in the pod's own namespace."""
+
+    guest: int | None
+    address: Address
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """`opener` dialled `dialled` and was sent to `server`, which sees it as `seen_as`."""
+
+    protocol: str
+    opener: Endpoint
+    dialled: Endpoint
+    server: Endpoint
+    seen_as: Endpoint
+    state: FlowState
+    packets_sent: int  # by the opener
+    bytes_sent: int
+    packets_received: int
+    bytes_received: int
+    age_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why packets were counted: a drop reason of bpf/reasons.h, or one of the two totals below."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+REDIRECTED = Reason("REDIRECTED", "sent along a flow")
+PASSED = Reason("PASSED", "guests' frames left to the bridge")

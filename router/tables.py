@@ -1,0 +1,494 @@
+"""Rows of the router's maps: the only place that knows their bytes. Mirrors bpf/maps.h, which describes them;
+tests/bpf/test_layout.py holds the two together.
+
+Who writes: `add_*` and `remove_*` here; the program writes flows, learned ports, counters and a guest's `seen_*`.
+Changes to one pod are the caller's to serialise (the launcher holds the pod's lock).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from . import program, syscall
+from .errors import RouterError
+from .model import (
+    PASSED,
+    REDIRECTED,
+    Address,
+    Endpoint,
+    Flow,
+    FlowState,
+    GuestRow,
+    PodRow,
+    PortRow,
+    Reason,
+)
+
+LO_IFINDEX = 1
+GUESTS_PER_POD = 64
+FLOWS_PER_POD = 32768
+DROP_SLOTS = 32
+
+_PROTOCOLS = {"tcp": 6, "udp": 17}
+_PROTOCOL_NAMES = {number: name for name, number in _PROTOCOLS.items()}
+
+_u8, _u32, _u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
+_u16 = ctypes.c_uint16
+_port = ctypes.c_uint16.__ctype_be__
+_Address, _Mac = _u8 * 16, _u8 * 6
+
+
+class Pod(ctypes.Structure):
+    _fields_ = (
+        ("ipv4", _Address),
+        ("ipv6", _Address),
+        ("ifindex", _u32),
+        ("mac", _Mac),
+        ("guest_count", _u16),
+        ("taps", _u32 * GUESTS_PER_POD),
+    )
+
+
+class GuestKey(ctypes.Structure):
+    _fields_ = (("pod", _u32), ("ifindex", _u32))
+
+
+class Guest(ctypes.Structure):
+    _fields_ = (
+        ("ipv4", _Address),
+        ("ipv6", _Address),
+        ("mtu", _u32),
+        ("index", _u16),
+        ("mac", _Mac),
+        ("seen_ipv4", _u8),
+        ("seen_ipv6", _u8),
+        ("pad", _u8 * 2),
+    )
+
+
+class PortKey(ctypes.Structure):
+    _fields_ = (("pod", _u32), ("port", _port), ("family", _u8), ("proto", _u8))
+
+
+class PortOwner(ctypes.Structure):
+    _fields_ = (("ifindex", _u32), ("declared", _u32))
+
+
+class FlowKey(ctypes.Structure):
+    _fields_ = (
+        ("ifindex", _u32),
+        ("family", _u8),
+        ("proto", _u8),
+        ("row", _u16),
+        ("saddr", _Address),
+        ("daddr", _Address),
+        ("sport", _port),
+        ("dport", _port),
+    )
+
+
+class FlowRow(ctypes.Structure):
+    _fields_ = (
+        ("saddr", _Address),
+        ("daddr", _Address),
+        ("sport", _port),
+        ("dport", _port),
+        ("dmac", _Mac),
+        ("smac", _Mac),
+        ("ifindex", _u32),
+        ("csum_diff", _u32),
+        ("mtu", _u32),
+        ("role", _u8),
+        ("seen", _u8),
+        ("pad", _u8 * 2),
+        ("asked", _u32),
+        ("refused", _u32),
+        ("created_ns", _u64),
+        ("last_ns", _u64),
+        ("packets", _u64),
+        ("bytes", _u64),
+    )
+
+
+class Counters(ctypes.Structure):
+    _fields_ = (("dropped", _u64 * DROP_SLOTS), ("redirected", _u64), ("passed", _u64))
+
+
+ROW_PACKETS = 0
+FORWARD, REVERSE, CANDIDATE = 1, 2, 3
+SEEN_ANSWER, SEEN_FIN, SEEN_RST, SEEN_REFUSAL = 1, 2, 4, 8
+
+_POD_KEY = 4
+_S = TypeVar("_S", bound=ctypes.Structure)
+
+
+def _mapped(address: Address) -> ctypes.Array[ctypes.c_uint8]:
+    if address.version == 4:
+        return _Address(*b"\0" * 10, 0xFF, 0xFF, *address.packed)
+    return _Address(*address.packed)
+
+
+def _address(family: int, packed: ctypes.Array[ctypes.c_uint8]) -> Address:
+    raw = bytes(packed)
+    return IPv4Address(raw[12:]) if family == 4 else IPv6Address(raw)
+
+
+def _pod_key(pod_id: int) -> bytes:
+    return bytes(_u32(pod_id))
+
+
+def drop_reasons() -> tuple[Reason, ...]:
+    """The program's list, in the order of its counters."""
+    text = (program.source_directory() / "reasons.h").read_text()
+    return tuple(Reason(*found) for found in re.findall(r'X\((\w+), "([^"]+)"\)', text))
+
+
+class Router:
+    """The host's router. A context manager: it holds descriptors. Errors: RouterError, or an OSError of bpf(2)."""
+
+    def __init__(self, pins: program.Pins) -> None:
+        self._pins = pins
+        self.program_fd = pins.program
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for fd in (self._pins.program, *self._pins.maps.values()):
+            os.close(fd)
+
+    # --- bytes ---
+
+    def _get(self, name: str, key: bytes, kind: type[_S]) -> _S | None:
+        value = syscall.lookup(self._pins.maps[name], key, ctypes.sizeof(kind))
+        return None if value is None else kind.from_buffer_copy(value)
+
+    def _put(self, name: str, key: bytes, value: bytes, flags: int = syscall.ANY) -> bool:
+        try:
+            return syscall.update(self._pins.maps[name], key, value, flags)
+        except OSError as exc:
+            raise RouterError(
+                f"the router's table of {name.replace('_', ' ')} takes no more: {exc.strerror}",
+                "see what is left behind: uklaunch gc",
+            ) from exc
+
+    def _delete(self, name: str, key: bytes) -> None:
+        syscall.delete(self._pins.maps[name], key)
+
+    def _flow_map(self, pod_id: int) -> int | None:
+        """A descriptor of the pod's own flow table; the caller closes it."""
+        value = syscall.lookup(self._pins.maps["flows"], _pod_key(pod_id), 4)
+        if value is None:
+            return None
+        try:
+            return syscall.map_fd_by_id(int.from_bytes(value, "little"))
+        except FileNotFoundError:
+            return None
+
+    def _flow_rows(self, pod_id: int) -> Iterator[tuple[FlowKey, FlowRow]]:
+        fd = self._flow_map(pod_id)
+        if fd is None:
+            return
+        try:
+            sizes = ctypes.sizeof(FlowKey), ctypes.sizeof(FlowRow)
+            for key, row in syscall.items(fd, *sizes):
+                yield FlowKey.from_buffer_copy(key), FlowRow.from_buffer_copy(row)
+        finally:
+            os.close(fd)
+
+    def _guest_rows(self, pod_id: int) -> Iterator[tuple[int, Guest]]:
+        for raw in set(syscall.keys(self._pins.maps["guests"], ctypes.sizeof(GuestKey))):
+            key = GuestKey.from_buffer_copy(raw)
+            if key.pod == pod_id and (row := self._get("guests", raw, Guest)) is not None:
+                yield key.ifindex, row
+
+    def _port_rows(self, pod_id: int) -> Iterator[tuple[PortKey, PortOwner]]:
+        for raw in set(syscall.keys(self._pins.maps["ports"], ctypes.sizeof(PortKey))):
+            key = PortKey.from_buffer_copy(raw)
+            if key.pod == pod_id and (row := self._get("ports", raw, PortOwner)) is not None:
+                yield key, row
+
+    def _indexes(self, pod_id: int) -> dict[int, int]:
+        """TAP's ifindex -> guest's index."""
+        return {ifindex: row.index for ifindex, row in self._guest_rows(pod_id)}
+
+    # --- pods ---
+
+    def pod_ids(self) -> list[int]:
+        pods = self._pins.maps["pods"]
+        return sorted({int.from_bytes(key, "little") for key in syscall.keys(pods, _POD_KEY)})
+
+    def add_pod(self, pod_id: int, row: PodRow) -> None:
+        """Replaces whatever was there under this id."""
+        if not 1 <= pod_id <= 0xFFFF:
+            raise RouterError(f"pod id {pod_id} is not between 1 and 65535")
+        self.remove_pod(pod_id)
+        key = _pod_key(pod_id)
+        pod = Pod(ipv4=_mapped(row.ipv4), ipv6=_mapped(row.ipv6), ifindex=row.ifindex, mac=_Mac(*row.mac))
+        self._put("pods", key, bytes(pod))
+        size = ctypes.sizeof(Counters) * _possible_cpus()
+        self._put("pod_counters", key, bytes(size))
+        flows = syscall.create_map(
+            syscall.MAP_TYPE_LRU_HASH,
+            ctypes.sizeof(FlowKey),
+            ctypes.sizeof(FlowRow),
+            FLOWS_PER_POD,
+            f"uk_flows_{pod_id}",
+        )
+        try:
+            self._put("flows", key, bytes(_u32(flows)))  # last: from here on the program acts
+        finally:
+            os.close(flows)
+
+    def remove_pod(self, pod_id: int) -> None:
+        """Every row of the pod's. Idempotent."""
+        key = _pod_key(pod_id)
+        self._delete("flows", key)  # first: from here on the program leaves the pod alone
+        for port, _ in list(self._port_rows(pod_id)):
+            self._delete("ports", bytes(port))
+        for ifindex in list(self._indexes(pod_id)):
+            self._delete("guests", bytes(GuestKey(pod=pod_id, ifindex=ifindex)))
+        self._delete("pod_counters", key)
+        self._delete("pods", key)  # last: until now `pod_ids` knows that something is left
+
+    # --- guests ---
+
+    def guests(self, pod_id: int) -> list[GuestRow]:
+        ports = dict[int, set[tuple[str, int]]]()
+        for key, owner in self._port_rows(pod_id):
+            if owner.declared:
+                ports.setdefault(owner.ifindex, set()).add((_PROTOCOL_NAMES[key.proto], key.port))
+        rows = [
+            GuestRow(
+                index=row.index,
+                ifindex=ifindex,
+                mac=bytes(row.mac),
+                ipv4=IPv4Address(bytes(row.ipv4)[12:]),
+                ipv6=IPv6Address(bytes(row.ipv6)),
+                ports=tuple(sorted(ports.get(ifindex, ()))),
+                mtu=row.mtu,
+                seen_ipv4=bool(row.seen_ipv4),
+                seen_ipv6=bool(row.seen_ipv6),
+            )
+            for ifindex, row in self._guest_rows(pod_id)
+        ]
+        return sorted(rows, key=lambda row: row.index)
+
+    def add_guest(self, pod_id: int, row: GuestRow) -> None:
+        """Raises RouterError if the pod is unknown or full, or another guest has declared one of the ports."""
+        pod = self._get("pods", _pod_key(pod_id), Pod)
+        if pod is None:
+            raise RouterError(f"the router knows no pod {pod_id}")
+        self.remove_guest(pod_id, row.ifindex)
+        pod = self._get("pods", _pod_key(pod_id), Pod)
+        assert pod is not None
+        if pod.guest_count == GUESTS_PER_POD:
+            raise RouterError(f"the pod has {GUESTS_PER_POD} guests already, which is the most")
+        self._declare(pod_id, row)
+        guest = Guest(
+            ipv4=_mapped(row.ipv4),
+            ipv6=_mapped(row.ipv6),
+            mtu=row.mtu,
+            index=row.index,
+            mac=_Mac(*row.mac),
+            seen_ipv4=row.seen_ipv4,
+            seen_ipv6=row.seen_ipv6,
+        )
+        self._put("guests", bytes(GuestKey(pod=pod_id, ifindex=row.ifindex)), bytes(guest))
+        pod.taps[pod.guest_count] = row.ifindex
+        pod.guest_count += 1
+        self._put("pods", _pod_key(pod_id), bytes(pod))
+
+    def _declare(self, pod_id: int, row: GuestRow) -> None:
+        owner = PortOwner(ifindex=row.ifindex, declared=1)
+        keys = [
+            PortKey(pod=pod_id, port=number, family=family, proto=_PROTOCOLS[protocol])
+            for protocol, number in row.ports
+            for family in (4, 6)
+        ]
+        for key in keys:
+            old = self._get("ports", bytes(key), PortOwner)
+            if old is not None and old.declared:
+                guest = self._indexes(pod_id).get(old.ifindex)
+                raise RouterError(
+                    f"port {key.port}/{_PROTOCOL_NAMES[key.proto]} is declared by guest {guest} of this pod",
+                    "declare it for one guest, or for none: then who answers first serves it",
+                )
+        for key in keys:
+            self._put("ports", bytes(key), bytes(owner))
+
+    def remove_guest(self, pod_id: int, ifindex: int) -> None:
+        """Idempotent. Its ports and its flows go too, in both directions."""
+        pod = self._get("pods", _pod_key(pod_id), Pod)
+        if pod is not None:
+            taps = [tap for tap in pod.taps[: pod.guest_count] if tap != ifindex]
+            if len(taps) != pod.guest_count:
+                pod.guest_count = len(taps)
+                pod.taps = (_u32 * GUESTS_PER_POD)(*taps)
+                self._put("pods", _pod_key(pod_id), bytes(pod))
+        self._delete("guests", bytes(GuestKey(pod=pod_id, ifindex=ifindex)))
+        for key, owner in list(self._port_rows(pod_id)):
+            if owner.ifindex == ifindex:
+                self._delete("ports", bytes(key))
+        fd = self._flow_map(pod_id)
+        if fd is None:
+            return
+        try:
+            for flow, row in list(self._flow_rows(pod_id)):
+                if ifindex in (flow.ifindex, row.ifindex):
+                    syscall.delete(fd, bytes(flow))
+        finally:
+            os.close(fd)
+
+    # --- what is going on ---
+
+    def ports(self, pod_id: int) -> list[PortRow]:
+        """Who serves what, declared or learned, sorted."""
+        indexes = self._indexes(pod_id)
+        rows = [
+            PortRow(
+                protocol=_PROTOCOL_NAMES[key.proto],
+                family=key.family,
+                number=key.port,
+                guest=indexes.get(owner.ifindex),
+                declared=bool(owner.declared),
+            )
+            for key, owner in self._port_rows(pod_id)
+        ]
+        return sorted(rows, key=lambda row: (row.number, row.protocol, row.family))
+
+    def counters(self, pod_id: int) -> dict[Reason, int]:
+        """Every drop reason that has occurred, and the totals REDIRECTED and PASSED, since the pod was made."""
+        cpus, size = _possible_cpus(), ctypes.sizeof(Counters)
+        raw = syscall.lookup(self._pins.maps["pod_counters"], _pod_key(pod_id), size * cpus)
+        per_cpu = [] if raw is None else [Counters.from_buffer_copy(raw, i * size) for i in range(cpus)]
+        totals = {
+            REDIRECTED: sum(row.redirected for row in per_cpu),
+            PASSED: sum(row.passed for row in per_cpu),
+        }
+        for slot, reason in enumerate(drop_reasons()):
+            if count := sum(row.dropped[slot] for row in per_cpu):
+                totals[reason] = count
+        return totals
+
+    def flows(self, pod_id: int) -> list[Flow]:
+        """One for each conversation, latest used first."""
+        indexes, now = self._indexes(pod_id), time.monotonic_ns()
+        rows = {bytes(key): (key, row) for key, row in self._flow_rows(pod_id) if key.row == ROW_PACKETS}
+        flows = []
+        for key, row in rows.values():
+            if row.role == FORWARD:
+                back = rows.get(bytes(_turned(key, row)))
+                flows.append(_flow(key, row, back[1] if back else FlowRow(), indexes, now))
+            elif row.role == CANDIDATE and not row.seen & SEEN_REFUSAL:
+                flows.append(_flow(_turned(key, row), _turned_row(key, row), row, indexes, now))
+        return sorted(flows, key=lambda flow: flow.idle_s)
+
+
+def _turned(key: FlowKey, row: FlowRow) -> FlowKey:
+    """The key of the entry's twin: bpf/flows.h, reverse_key()."""
+    return FlowKey(
+        ifindex=row.ifindex,
+        family=key.family,
+        proto=key.proto,
+        saddr=row.daddr,
+        daddr=row.saddr,
+        sport=row.dport,
+        dport=row.sport,
+    )
+
+
+def _turned_row(key: FlowKey, row: FlowRow) -> FlowRow:
+    return FlowRow(
+        saddr=key.daddr,
+        daddr=key.saddr,
+        sport=key.dport,
+        dport=key.sport,
+        ifindex=key.ifindex,
+        role=CANDIDATE,
+        created_ns=row.created_ns,
+        last_ns=row.last_ns,
+    )
+
+
+def _flow(key: FlowKey, forward: FlowRow, back: FlowRow, indexes: dict[int, int], now_ns: int) -> Flow:
+    def endpoint(ifindex: int, address: ctypes.Array[ctypes.c_uint8], port: int) -> Endpoint:
+        return Endpoint(guest=indexes.get(ifindex), address=_address(key.family, address), port=port)
+
+    return Flow(
+        protocol=_PROTOCOL_NAMES[key.proto],
+        opener=endpoint(key.ifindex, key.saddr, key.sport),
+        dialled=endpoint(LO_IFINDEX, key.daddr, key.dport),
+        server=endpoint(forward.ifindex, forward.daddr, forward.dport),
+        seen_as=endpoint(LO_IFINDEX, forward.saddr, forward.sport),
+        state=_state(forward, back),
+        packets_sent=forward.packets,
+        bytes_sent=forward.bytes,
+        packets_received=back.packets,
+        bytes_received=back.bytes,
+        age_s=(now_ns - forward.created_ns) / 1e9,
+        idle_s=max(0, now_ns - max(forward.last_ns, back.last_ns)) / 1e9,
+    )
+
+
+def _state(forward: FlowRow, back: FlowRow) -> FlowState:
+    seen = forward.seen | back.seen
+    if forward.role == CANDIDATE:
+        return FlowState.ASKING
+    if seen & SEEN_RST:
+        return FlowState.CLOSED if back.seen & SEEN_ANSWER else FlowState.REFUSED
+    if forward.seen & back.seen & SEEN_FIN:
+        return FlowState.CLOSED
+    if seen & SEEN_FIN:
+        return FlowState.CLOSING
+    return FlowState.OPEN if back.seen & SEEN_ANSWER else FlowState.OPENING
+
+
+def _possible_cpus() -> int:
+    """A per-CPU value has a slot for each CPU that could ever be there: Documentation/bpf/map_hash.rst."""
+    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    return 1 + max(int(part.rpartition("-")[2]) for part in text.split(","))
+
+
+# --- open ---
+
+
+def open_router() -> Router:
+    """The host's router, loaded now if it is not. Close it: `with open_router() as router`. Raises RouterError."""
+    return Router(program.open_pins())
+
+
+def is_loaded() -> bool:
+    return (program.root() / program.version()).is_dir()
+
+
+def unload_all() -> list[Path]:
+    """Unpin every version of the router that has no pods left; returns what is gone."""
+    gone = []
+    for directory in program.versions():
+        with suppress(OSError):  # half-pinned: there is nothing in it to keep
+            fd = syscall.open_pin(f"{directory}/pods")
+            try:
+                if any(True for _ in syscall.keys(fd, _POD_KEY)):
+                    continue
+            finally:
+                os.close(fd)
+        program.remove(directory)
+        gone.append(directory)
+    with suppress(OSError):
+        program.root().rmdir()  # not empty: somebody else's version is in use
+    return gone
