@@ -35,3 +35,7 @@ def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state directory of the test's own."""
     monkeypatch.setenv("UKLAUNCH_STATE", str(tmp_path / "state"))
     return tmp_path / "state"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")

@@ -109,9 +109,7 @@ class Pod:
     netns: str
     guests: list[Guest] = field(default_factory=list)
 
-    def socket(
-        self, where: Guest | None, family: socket.AddressFamily, kind: socket.SocketKind
-    ) -> socket.socket:
+    def socket(self, where: Guest | None, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
         """A socket of a container (None) or inside a guest; it times out, so that a hang is a failure."""
         netns = where.netns if where else self.netns
         sock = in_netns(netns, lambda: socket.socket(family, kind))
@@ -177,15 +175,25 @@ def make_pod(table: router.Router) -> Iterator[Callable[..., Pod]]:
     """make_pod(guests=2, ports={2: [("tcp", 80)]}, ipv6=True)"""
     pods: list[Pod] = []
 
-    def make(
-        guests: int = 1, ports: dict[int, list[tuple[str, int]]] | None = None, ipv6: bool = True
-    ) -> Pod:
+    def make(guests: int = 1, ports: dict[int, list[tuple[str, int]]] | None = None, ipv6: bool = True) -> Pod:
         pod = Pod(table=table, netns=f"ukr-{os.getpid()}-pod")
         run("ip", "netns", "add", pod.netns)
         pods.append(pod)
         run("sysctl", "-qw", "net.ipv4.conf.lo.route_localnet=1", "net.ipv4.conf.lo.accept_local=1", netns=pod.netns)
         run("ip", "link", "set", "lo", "up", netns=pod.netns)
-        run("ip", "link", "add", "ukbr0", "address", BRIDGE_MAC.hex(":"), "type", "bridge", "mcast_snooping", "0", netns=pod.netns)
+        run(
+            "ip",
+            "link",
+            "add",
+            "ukbr0",
+            "address",
+            BRIDGE_MAC.hex(":"),
+            "type",
+            "bridge",
+            "mcast_snooping",
+            "0",
+            netns=pod.netns,
+        )
         run("ip", "addr", "add", f"{BRIDGE4}/24", "dev", "ukbr0", netns=pod.netns)
         run("ip", "addr", "add", f"{BRIDGE6}/64", "dev", "ukbr0", "nodad", netns=pod.netns)
         run("ip", "link", "set", "ukbr0", "up", netns=pod.netns)

@@ -1,0 +1,174 @@
+"""Images are known by their content; whatever is thrown at `identify`, it answers with an image or a clear error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launcher.errors import ImageError, ImageNotFound, UklaunchError, UsageError
+from launcher.image import identify
+from launcher.model import Family, Image, ImageFormat, Port
+
+from .. import fixtures
+
+CMDLINE = "--rootfs=rofs /hello.so arg"
+ETC = {"hosts": b"127.0.0.1 localhost\n", "ssl/cert.pem": b"x" * 700}
+SAMPLES = {
+    "osv elf": (fixtures.OSV_ELF, ImageFormat.PVH_ELF, Family.OSV),
+    "unikraft elf": (fixtures.UNIKRAFT_ELF, ImageFormat.MULTIBOOT_ELF, Family.UNIKRAFT),
+    "some pvh elf": (fixtures.elf(pvh=True), ImageFormat.PVH_ELF, Family.GENERIC),
+    "bzImage": (fixtures.bzimage(), ImageFormat.BZIMAGE, Family.LINUX),
+    "osv disk": (fixtures.osv_disk(CMDLINE, ETC), ImageFormat.RAW_DISK, Family.OSV),
+    "nanos disk": (fixtures.nanos_disk(), ImageFormat.RAW_DISK, Family.NANOS),
+    "some disk": (bytes(fixtures.mbr(b"\xfa")) + bytes(512), ImageFormat.RAW_DISK, Family.GENERIC),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_by_content(name: str, tmp_path: Path) -> None:
+    content, format_, family = SAMPLES[name]
+    path = tmp_path / "misleading.txt"
+    path.write_bytes(content)
+    image = identify(path)
+    assert (image.format, image.family) == (format_, family)
+    assert (image.kernel is None) == (format_ is ImageFormat.RAW_DISK)
+    assert identify(path, Family.GENERIC).family is Family.GENERIC
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("as_qcow2", [False, True])
+def test_an_osv_disk_tells_its_command_line_and_its_etc(as_qcow2: bool, tmp_path: Path) -> None:
+    path = tmp_path / "usr.img"
+    disk = fixtures.osv_disk(CMDLINE, ETC)
+    if as_qcow2:
+        fixtures.qcow2(disk, path)
+    else:
+        path.write_bytes(disk)
+    image = identify(path)
+    assert image.cmdline == CMDLINE
+    assert image.etc == ETC
+    assert image.disks == (path,)
+    assert image.disks_qcow2 == (as_qcow2,)
+
+
+@pytest.mark.parametrize("name", ["osv elf", "bzImage", "osv disk", "unikraft elf", "nanos disk"])
+def test_a_truncated_image_is_called_so(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    content = SAMPLES[name][0]
+    path.write_bytes(content[: len(content) - 16])
+    with pytest.raises(ImageError, match="truncated"):
+        identify(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "empty"),
+        (b"#!/bin/sh\n", "a script"),
+        (b"hello\n", "a text file"),
+        (b"\x1f\x8b\x08\0", "gzip"),
+        (b"070701" + bytes(100), "cpio"),
+        (bytes(1024), "unknown kind"),
+        (fixtures.elf(), "no kernel"),
+    ],
+)
+def test_what_was_found_is_named(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=says):
+        identify(path)
+
+
+def test_missing_and_special_files(tmp_path: Path) -> None:
+    with pytest.raises(ImageNotFound):
+        identify(tmp_path / "none")
+    with pytest.raises(ImageNotFound):
+        identify(Path("/etc/passwd/x"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="pipe"):
+        identify(tmp_path / "pipe")
+
+
+# --- bundles ---
+
+
+def bundle(tmp_path: Path, manifest: str) -> Path:
+    (tmp_path / "vmlinuz").write_bytes(fixtures.bzimage())
+    (tmp_path / "initrd").write_bytes(b"x")
+    (tmp_path / "uklaunch.toml").write_text(manifest)
+    return tmp_path
+
+
+def test_a_whole_manifest(tmp_path: Path) -> None:
+    directory = bundle(
+        tmp_path,
+        """
+        kernel = "vmlinuz"
+        initrd = ["initrd"]
+        cmdline = "httpd -f"
+        family = "linux"
+        memory = "96M"
+        cpus = 2
+        ports = ["8080/tcp", 53]
+        [env]
+        A = "b"
+        """,
+    )
+    assert identify(directory) == Image(
+        path=directory,
+        format=ImageFormat.BZIMAGE,
+        family=Family.LINUX,
+        kernel=directory / "vmlinuz",
+        initrds=(directory / "initrd",),
+        cmdline="httpd -f",
+        env={"A": "b"},
+        memory_mib=96,
+        cpus=2,
+        ports=(Port(8080), Port(53)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [
+        ("", "neither a kernel nor disks"),
+        ("kernal = 'vmlinuz'", "kernal is unknown"),
+        ("kernel = 'none'", "which is no file"),
+        ("kernel = 3", "kernel is neither"),
+        ("kernel = 'vmlinuz'\nfamily = 'beos'", "'beos' is unknown"),
+        ("kernel = 'vmlinuz'\nfamily = ['linux']", "is unknown"),
+        ("kernel = 'vmlinuz'\nmemory = 128", "memory is not a text"),
+        ("kernel = 'vmlinuz'\nmemory = '12Q'", "12Q"),
+        ("kernel = 'vmlinuz'\ncpus = true", "cpus"),
+        ("kernel = 'vmlinuz'\nports = [70000]", "70000"),
+        ("kernel = 'vmlinuz'\nports = 80", "ports is not a list"),
+        ("kernel = 'vmlinuz'\nenv = {A = 1}", "env"),
+        ("kernel = ", "Invalid value"),
+    ],
+)
+def test_a_bad_manifest_names_the_key(manifest: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        identify(bundle(tmp_path, manifest))
+
+
+# --- fuzz ---
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_images_never_give_a_traceback(data: st.DataObject, tmp_path: Path) -> None:
+    content = bytearray(data.draw(st.sampled_from([sample[0] for sample in SAMPLES.values()])))
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, min(len(content), 2048) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "image"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    said = ""
+    try:
+        identify(path)
+    except UklaunchError as exc:
+        said = exc.message
+    assert "\n" not in said
