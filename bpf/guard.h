@@ -24,6 +24,14 @@ static inline int count_drop(__u32 pod_id, __u32 reason)
 	return TC_ACT_SHOT;
 }
 
+static inline void count_passed(__u32 pod_id)
+{
+	struct counters *c = pod_counters.lookup(&pod_id);
+
+	if (c)
+		c->passed++;
+}
+
 /* A link-local address is made by the guest itself, and no neighbour's business: there is nothing to check. */
 static inline int is_link_local(const struct addr *a)
 {

@@ -2,6 +2,7 @@
 #include <linux/pkt_cls.h>
 
 #include "ask.h"
+#include "icmp.h"
 
 /* cls_bpf hands its class id to the program: net/sched/cls_bpf.c, cls_bpf_classify(). BPF_PROG_TEST_RUN cannot set one,
  * so tests compile with -DPOD_ID_IN_MARK. */
@@ -13,8 +14,6 @@
 
 static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *f, __u64 now)
 {
-	struct counters *c;
-
 	if (skb->len - L3 > f->mtu && !skb->gso_size)
 		return count_drop(p->pod_id, DROP_TOO_BIG);
 	if (p->key.proto == IPPROTO_TCP && p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) {
@@ -40,10 +39,7 @@ static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *
 	f->bytes += skb->len;
 	if (rewrite(skb, p, f))
 		return count_drop(p->pod_id, DROP_REWRITE_FAILED);
-	c = pod_counters.lookup(&p->pod_id);
-	if (c)
-		c->redirected++;
-	return bpf_redirect(f->ifindex, f->ifindex == LO_IFINDEX ? BPF_F_INGRESS : 0);
+	return redirect(p->pod_id, f);
 }
 
 static inline int is_opening(struct packet *p)
@@ -148,9 +144,20 @@ static inline struct flow *consider(struct hook *h, struct flow *f, int *verdict
 		}
 	}
 	*verdict = TC_ACT_UNSPEC;
-	if (p->kind != KIND_FLOW || !is_opening(p) || !is_localhost(h))
-		return NULL;
-	return open(h, f, verdict);
+	if (p->kind == KIND_FLOW && is_opening(p) && is_localhost(h)) {
+		f = open(h, f, verdict);
+		if (f)
+			return f;
+	} else if (p->kind == KIND_ICMP) {
+		*verdict = forward_error(h);
+	} else if (p->kind == KIND_FRAGMENT && is_localhost(h)) {
+		*verdict = count_drop(p->pod_id, DROP_FRAGMENT);
+	} else if (p->kind == KIND_EXTENSION && is_localhost(h)) {
+		*verdict = count_drop(p->pod_id, DROP_EXTENSION);
+	}
+	if (*verdict == TC_ACT_UNSPEC && p->key.ifindex != LO_IFINDEX)
+		count_passed(p->pod_id);
+	return NULL;
 }
 
 int localhost(struct __sk_buff *skb)
@@ -170,7 +177,7 @@ int localhost(struct __sk_buff *skb)
 	if (p.kind == KIND_FLOW && !skb->vlan_present)
 		f = bpf_map_lookup_elem(h.flows, &p.key);
 	if (!f || f->role == FLOW_CANDIDATE || !is_settled(&p, f, now)) {
-		if (p.key.ifindex == LO_IFINDEX && (p.kind != KIND_FLOW || !is_opening(&p)))
+		if (p.key.ifindex == LO_IFINDEX && !(p.kind == KIND_FLOW && is_opening(&p)) && p.kind != KIND_ICMP)
 			return TC_ACT_UNSPEC;
 		f = consider(&h, f, &verdict);
 		if (!f)

@@ -194,6 +194,7 @@ struct scratch {
 	__u32 candidate;  /* the TAP of one of them */
 	struct packet packet; /* for the program that a tail call leads to */
 	__u32 next;           /* which of the pod's guests it is to ask */
+	__u8 bytes[96];       /* headers being read or built; the largest: IPv6, ICMPv6, IPv6, UDP */
 };
 
 BPF_PERCPU_ARRAY(scratch, struct scratch, 1);

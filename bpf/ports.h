@@ -73,7 +73,7 @@ static inline __u32 find_server(struct hook *h)
 }
 
 /* A guest has answered for the port: it owns it, unless somebody does already. */
-static inline void learn_owner(struct packet *p)
+static inline void learn_owner(const struct packet *p)
 {
 	struct port_owner owner = {.ifindex = p->key.ifindex};
 	struct port_key key = {};
@@ -83,7 +83,7 @@ static inline void learn_owner(struct packet *p)
 }
 
 /* The owner has refused: the next caller asks everybody again. */
-static inline void forget_owner(struct packet *p)
+static inline void forget_owner(const struct packet *p)
 {
 	struct port_owner *owner;
 	struct port_key key = {};

@@ -42,6 +42,32 @@ static inline __u32 both_ports(__u16 sport, __u16 dport)
 	return u.both;
 }
 
+/* IPv4's header as far as it changes: 10 bytes in a row. */
+struct ipv4_tail {
+	__u16 csum;
+	__u32 saddr;
+	__u32 daddr;
+} __attribute__((packed));
+
+/* Addresses of the IP header with its checksum, and of the Ethernet header. */
+static inline int store_addrs(struct __sk_buff *skb, struct packet *p, struct flow *f)
+{
+	int failed;
+
+	if (p->key.family == 4) {
+		struct ipv4_tail ip;
+
+		p->ip_csum = adjust_csum(p->ip_csum, f->csum_diff);
+		ip.csum = p->ip_csum;
+		ip.saddr = f->saddr.word[3];
+		ip.daddr = f->daddr.word[3];
+		failed = bpf_skb_store_bytes(skb, IPV4_ADDRS - 2, &ip, sizeof(ip), 0);
+	} else {
+		failed = bpf_skb_store_bytes(skb, IPV6_ADDRS, &f->saddr, 2 * sizeof(struct addr), 0);
+	}
+	return failed | bpf_skb_store_bytes(skb, 0, f->dmac, 2 * ETH_ALEN, 0);
+}
+
 /* Make the packet what the flow says; `p` then describes the packet as it is now. 0, or negative: half-done. */
 static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
@@ -58,22 +84,18 @@ static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *
 		p->key.sport = f->sport;
 		p->key.dport = f->dport;
 	}
-	if (p->key.family == 4) {
-		struct {
-			__u16 csum;
-			__u32 saddr;
-			__u32 daddr;
-		} __attribute__((packed)) ip;
-
-		ip.csum = p->ip_csum = adjust_csum(p->ip_csum, f->csum_diff);
-		ip.saddr = f->saddr.word[3];
-		ip.daddr = f->daddr.word[3];
-		failed |= bpf_skb_store_bytes(skb, IPV4_ADDRS - 2, &ip, sizeof(ip), 0);
-	} else {
-		failed |= bpf_skb_store_bytes(skb, IPV6_ADDRS, &f->saddr, 2 * sizeof(struct addr), 0);
-	}
+	failed |= store_addrs(skb, p, f);
 	p->key.saddr = f->saddr;
 	p->key.daddr = f->daddr;
-	failed |= bpf_skb_store_bytes(skb, 0, f->dmac, 2 * ETH_ALEN, 0);
 	return failed;
+}
+
+/* Send the rewritten packet where the flow says, and count it. */
+static inline int redirect(__u32 pod_id, const struct flow *f)
+{
+	struct counters *c = pod_counters.lookup(&pod_id);
+
+	if (c)
+		c->redirected++;
+	return bpf_redirect(f->ifindex, f->ifindex == LO_IFINDEX ? BPF_F_INGRESS : 0);
 }

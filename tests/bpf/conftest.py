@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import socket
 import subprocess
@@ -32,7 +33,8 @@ from router import program
 
 T = TypeVar("T")
 
-POD_ID = 7
+# Never the same twice: the devices of a namespace that is going away outlive its name by a moment.
+POD_IDS = itertools.count(1)
 BRIDGE_MAC = bytes.fromhex("020000007701")
 BRIDGE4, BRIDGE6 = IPv4Address("169.254.77.1"), IPv6Address("fd00:77::1")
 
@@ -106,6 +108,7 @@ class Pod:
     """A pod with guests that have all been seen in both families."""
 
     table: router.Router
+    id: int
     netns: str
     guests: list[Guest] = field(default_factory=list)
 
@@ -153,8 +156,8 @@ def _add_guest(pod: Pod, index: int, ports: Sequence[tuple[str, int]], ipv6: boo
     pod.guests.append(guest)
     names = ["name", tap, "index", str(row.ifindex), "type", "veth", "peer", "name", "eth0", "netns", netns]
     run("ip", "link", "add", *names, netns=pod.netns)
-    pod.table.add_guest(POD_ID, row)
-    attach(pod.netns, tap, "ingress", pod.table.program_fd, POD_ID)
+    pod.table.add_guest(pod.id, row)
+    attach(pod.netns, tap, "ingress", pod.table.program_fd, pod.id)
     run("ip", "link", "set", tap, "master", "ukbr0", "up", netns=pod.netns)
     run("ip", "link", "set", "lo", "up", netns=netns)
     run("ip", "link", "set", "eth0", "address", row.mac.hex(":"), "up", netns=netns)
@@ -176,7 +179,7 @@ def make_pod(table: router.Router) -> Iterator[Callable[..., Pod]]:
     pods: list[Pod] = []
 
     def make(guests: int = 1, ports: dict[int, list[tuple[str, int]]] | None = None, ipv6: bool = True) -> Pod:
-        pod = Pod(table=table, netns=f"ukr-{os.getpid()}-pod")
+        pod = Pod(table=table, id=next(POD_IDS), netns=f"ukr-{os.getpid()}-pod")
         run("ip", "netns", "add", pod.netns)
         pods.append(pod)
         run("sysctl", "-qw", "net.ipv4.conf.lo.route_localnet=1", "net.ipv4.conf.lo.accept_local=1", netns=pod.netns)
@@ -198,8 +201,8 @@ def make_pod(table: router.Router) -> Iterator[Callable[..., Pod]]:
         run("ip", "addr", "add", f"{BRIDGE6}/64", "dev", "ukbr0", "nodad", netns=pod.netns)
         run("ip", "link", "set", "ukbr0", "up", netns=pod.netns)
         ifindex = in_netns(pod.netns, lambda: socket.if_nametoindex("ukbr0"))
-        table.add_pod(POD_ID, router.PodRow(ifindex=ifindex, mac=BRIDGE_MAC, ipv4=BRIDGE4, ipv6=BRIDGE6))
-        attach(pod.netns, "lo", "egress", table.program_fd, POD_ID)
+        table.add_pod(pod.id, router.PodRow(ifindex=ifindex, mac=BRIDGE_MAC, ipv4=BRIDGE4, ipv6=BRIDGE6))
+        attach(pod.netns, "lo", "egress", table.program_fd, pod.id)
         for index in range(2, 2 + guests):
             guest = _add_guest(pod, index, (ports or {}).get(index, []), ipv6)
             announce(pod, guest, socket.AF_INET, str(BRIDGE4))
@@ -215,4 +218,4 @@ def make_pod(table: router.Router) -> Iterator[Callable[..., Pod]]:
                 run("ip", "netns", "del", netns)
 
 
-__all__ = ["POD_ID", "Guest", "Pod", "attach", "in_netns", "program", "run"]
+__all__ = ["Guest", "Pod", "attach", "in_netns", "program", "run"]

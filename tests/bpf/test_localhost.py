@@ -45,7 +45,7 @@ def test_matrix(make_pod: Callable[..., Any], kind: str, path: str, guests: int,
     exchange = tcp_exchange if kind == "tcp" else udp_exchange
     peer = exchange(pod, client_at, server_at, FAMILIES[family], address, target)
     assert peer == seen_as
-    drops = {reason.name for reason in pod.table.counters(7)} - {"REDIRECTED", "PASSED", "REFUSED_BY_SOME"}
+    drops = {reason.name for reason in pod.table.counters(pod.id)} - {"REDIRECTED", "PASSED", "REFUSED_BY_SOME"}
     assert not drops
 
 
