@@ -19,7 +19,7 @@ from .guests import cpio
 
 KERNEL = "linux-image-cloud-amd64"  # depends on the newest concrete kernel
 BUSYBOX = "busybox-static"
-# For UDP, which busybox's nc has not; with the libraries it is linked to.
+# For UDP, which busybox's nc has not: `netcat` in the guest, for busybox takes its own `nc` first.
 NETCAT = ("netcat-openbsd", "libbsd0", "libmd0", "libc6")
 NETCAT_LIBRARIES = ("libbsd.so.0", "libmd.so.0", "libc.so.6", "libresolv.so.2")
 # The drivers of what the VMMs offer, by name; those that a kernel has built in are not found, and not missed.
@@ -110,9 +110,9 @@ def _initrd(tree: Path) -> Iterator[cpio.Entry]:
     busybox = _find(tree, "busybox")
     yield cpio.file("bin/busybox", busybox.read_bytes(), 0o755)
     for applet in _run(str(busybox), "--list").split():
-        if applet not in ("busybox", "nc"):
+        if applet != "busybox":
             yield cpio.link(f"bin/{applet}", "busybox")
-    yield cpio.file("bin/nc", _find(tree, "nc.openbsd").read_bytes(), 0o755)
+    yield cpio.file("bin/netcat", _find(tree, "nc.openbsd").read_bytes(), 0o755)
     yield cpio.file("lib64/ld-linux-x86-64.so.2", _find(tree, "ld-linux-x86-64.so.2").read_bytes(), 0o755)
     for library in NETCAT_LIBRARIES:
         yield cpio.file(f"lib/{library}", _find(tree, library).read_bytes(), 0o755)

@@ -58,7 +58,7 @@ GUEST_COMMAND = """
 mkdir /www && echo "hello from guest $NAME" >/www/index.html && httpd -p $PORT -h /www
 for v in 4 6; do
     test $v = 4 && udp=$((PORT + 1)) || udp=$((PORT + 2))
-    mkfifo /tmp/f$v && nc -$v -u -l $udp </tmp/f$v | sed -u "s/^/guest $NAME heard: /" >/tmp/f$v &
+    mkfifo /tmp/f$v && netcat -$v -u -l $udp </tmp/f$v | sed -u "s/^/guest $NAME heard: /" >/tmp/f$v &
 done
 stty -echo; sh 2>&1 | cat
 """
@@ -140,7 +140,7 @@ class Demo:
         await run("wget -qO- http://localhost:9090", "hello from the container to")
         for version, loopback in ((4, "127.0.0.1"), (6, "::1")):
             await run(
-                f"echo hello | nc -{version} -u -w 1 localhost 9091", f"the container heard from {loopback}: hello"
+                f"echo hello | netcat -{version} -u -w 1 localhost 9091", f"the container heard from {loopback}: hello"
             )
         await run(f"wget -qO- http://localhost:{other[1]}", f"hello from guest {other[0]}")
         await run("wget -qO- http://localhost:7 2>&1", "refused")
