@@ -58,7 +58,8 @@ GUEST_COMMAND = """
 mkdir /www && echo "hello from guest $NAME" >/www/index.html && httpd -p $PORT -h /www
 for v in 4 6; do
     test $v = 4 && udp=$((PORT + 1)) || udp=$((PORT + 2))
-    mkfifo /tmp/f$v && netcat -$v -u -l $udp </tmp/f$v | sed -u "s/^/guest $NAME heard: /" >/tmp/f$v &
+    mkfifo /tmp/f$v
+    netcat -$v -u -l $udp </tmp/f$v | while read -r line; do echo "guest $NAME heard: $line"; done >/tmp/f$v &
 done
 stty -echo; sh 2>&1 | cat
 """
