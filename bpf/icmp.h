@@ -186,3 +186,94 @@ static inline int forward_error(struct hook *h)
 		return count_drop(p->pod_id, DROP_REWRITE_FAILED);
 	return redirect(p->pod_id, f);
 }
+
+/* --- too big ---------------------------------------------------------------------------------------------------- */
+
+/* `lo` lets datagrams of 64 KiB pass, a guest's network does not. The sender is told as a router on the way would tell
+ * it (RFC 1191, RFC 8201), in the place of its own packet, and gets EMSGSIZE. But not the true MTU: the kernel would note
+ * it for 127.0.0.1 itself, and for ten minutes the whole pod's loopback would run at a guest's packet size. What it is
+ * told is what `lo` has anyway, which changes nothing (net/ipv4/route.c, __ip_rt_update_pmtu; net/ipv6/route.c). */
+#define LO_MTU_IPV4 65535
+#define LO_MTU_IPV6 65536
+
+struct too_big_ipv4 {
+	struct iphdr ip;
+	__u8 type, code;
+	__u16 csum, unused, mtu;
+	struct iphdr quoted;
+	__u8 udp[8];
+};
+_Static_assert(sizeof(struct too_big_ipv4) == 56, "too_big_ipv4");
+
+struct too_big_ipv6 {
+	struct ipv6hdr ip;
+	__u8 type, code;
+	__u16 csum;
+	__u32 mtu;
+	struct ipv6hdr quoted;
+	__u8 udp[8];
+};
+_Static_assert(sizeof(struct too_big_ipv6) == 96, "too_big_ipv6");
+
+static inline __u16 fold_csum(__u32 sum)
+{
+	return adjust_csum(0xffff, sum);
+}
+
+static inline int build_too_big_ipv4(struct __sk_buff *skb, struct packet *p, struct too_big_ipv4 *m)
+{
+	if (p->l4 != L3 + sizeof(struct iphdr) ||
+	    bpf_skb_load_bytes(skb, L3, &m->quoted, sizeof(m->quoted) + sizeof(m->udp)) < 0)
+		return -1;
+	m->ip = (struct iphdr){.version = 4, .ihl = 5, .ttl = 64, .protocol = IPPROTO_ICMP};
+	m->ip.tot_len = be16(sizeof(*m));
+	m->ip.saddr = m->quoted.daddr;
+	m->ip.daddr = m->quoted.saddr;
+	m->ip.check = fold_csum(bpf_csum_diff(0, 0, (void *)&m->ip, sizeof(m->ip), 0));
+	m->type = ICMP_UNREACHABLE;
+	m->code = ICMP_UNREACHABLE_TOO_BIG;
+	m->csum = 0;
+	m->unused = 0;
+	m->mtu = be16(LO_MTU_IPV4);
+	m->csum = fold_csum(bpf_csum_diff(0, 0, (void *)&m->type, sizeof(*m) - sizeof(m->ip), 0));
+	return bpf_skb_change_tail(skb, L3 + sizeof(*m), 0) || bpf_skb_store_bytes(skb, L3, m, sizeof(*m), 0);
+}
+
+static inline int build_too_big_ipv6(struct __sk_buff *skb, struct packet *p, struct too_big_ipv6 *m)
+{
+	__u32 pseudo[2] = {be32(sizeof(*m) - sizeof(m->ip)), be32(IPPROTO_ICMPV6)};
+	__u32 sum;
+
+	if (bpf_skb_load_bytes(skb, L3, &m->quoted, sizeof(m->quoted) + sizeof(m->udp)) < 0)
+		return -1;
+	m->ip = (struct ipv6hdr){.version = 6, .hop_limit = 64, .nexthdr = IPPROTO_ICMPV6};
+	m->ip.payload_len = be16(sizeof(*m) - sizeof(m->ip));
+	m->ip.saddr = m->quoted.daddr;
+	m->ip.daddr = m->quoted.saddr;
+	m->type = ICMP6_TOO_BIG;
+	m->code = 0;
+	m->csum = 0;
+	m->mtu = be32(LO_MTU_IPV6);
+	sum = bpf_csum_diff(0, 0, (void *)&m->ip.saddr, 2 * sizeof(struct addr), 0);
+	sum = bpf_csum_diff(0, 0, (void *)pseudo, sizeof(pseudo), sum);
+	m->csum = fold_csum(bpf_csum_diff(0, 0, (void *)&m->type, sizeof(*m) - sizeof(m->ip), sum));
+	return bpf_skb_change_tail(skb, L3 + sizeof(*m), 0) || bpf_skb_store_bytes(skb, L3, m, sizeof(*m), 0);
+}
+
+/* A packet that does not fit where it is to go is counted, and turned into the answer if a container sent it. TCP never
+ * comes here: it goes by the guest's MSS. */
+static inline int too_big(struct __sk_buff *skb, struct packet *p)
+{
+	struct scratch *s;
+	int zero = 0, failed;
+
+	count_drop(p->pod_id, DROP_TOO_BIG);
+	s = scratch.lookup(&zero);
+	if (!s || p->key.ifindex != LO_IFINDEX || p->key.proto != IPPROTO_UDP)
+		return TC_ACT_SHOT;
+	if (p->key.family == 4)
+		failed = build_too_big_ipv4(skb, p, (void *)s->bytes);
+	else
+		failed = build_too_big_ipv6(skb, p, (void *)s->bytes);
+	return failed ? TC_ACT_SHOT : bpf_redirect(LO_IFINDEX, BPF_F_INGRESS);
+}

@@ -12,10 +12,10 @@
 #define POD_ID(skb) ((skb)->tc_classid)
 #endif
 
-static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *f, __u64 now)
+static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
 	if (skb->len - L3 > f->mtu && !skb->gso_size)
-		return count_drop(p->pod_id, DROP_TOO_BIG);
+		return too_big(skb, p);
 	if (p->key.proto == IPPROTO_TCP && p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) {
 		if (f->role == FLOW_REVERSE && !(f->seen & SEEN_ANSWER)) {
 			if (p->tcp_flags & TCP_RST)
@@ -34,7 +34,7 @@ static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *
 		if (f->role == FLOW_REVERSE && p->key.ifindex != LO_IFINDEX)
 			learn_owner(p);
 	}
-	f->last_ns = now;
+	f->last_ns = bpf_ktime_get_ns();
 	f->packets++;
 	f->bytes += skb->len;
 	if (rewrite(skb, p, f))
@@ -48,11 +48,11 @@ static inline int is_opening(struct packet *p)
 }
 
 /* Does the entry tell what to do with the packet, or is it to be decided anew? */
-static inline int is_settled(struct packet *p, struct flow *f, __u64 now)
+static inline int is_settled(struct packet *p, struct flow *f)
 {
 	if (p->key.proto == IPPROTO_TCP)
 		return !is_opening(p);
-	return f->role != FLOW_FORWARD || (!(f->seen & SEEN_RST) && now - f->last_ns < UDP_IDLE_NS);
+	return f->role != FLOW_FORWARD || (!(f->seen & SEEN_RST) && bpf_ktime_get_ns() - f->last_ns < UDP_IDLE_NS);
 }
 
 static inline int is_localhost(struct hook *h)
@@ -88,6 +88,16 @@ static inline __u32 decide(struct hook *h)
 	return find_server(h);
 }
 
+static inline void note_served(__u16 port)
+{
+	struct served_ports *served;
+	int zero = 0;
+
+	served = served_ports.lookup(&zero);
+	if (served && !served->port[port])
+		served->port[port] = 1;
+}
+
 /* The first packet of a flow, or one that has to be decided anew: the entry to send it along, or NULL and a verdict. */
 static inline struct flow *open(struct hook *h, struct flow *old, int *verdict)
 {
@@ -103,6 +113,8 @@ static inline struct flow *open(struct hook *h, struct flow *old, int *verdict)
 	}
 	if (old)
 		forget_flow(h, old);
+	if (!h->self && (ifindex || h->scratch->candidates))
+		note_served(p->key.dport);
 	if (h->scratch->candidates) {
 		*verdict = ask_all(h);
 		return NULL;
@@ -160,30 +172,45 @@ static inline struct flow *consider(struct hook *h, struct flow *f, int *verdict
 	return NULL;
 }
 
+/* The shortest way out, for what is most of the traffic on `lo` and none of ours. It costs parsing and one byte. */
+static inline int is_among_containers(struct packet *p)
+{
+	struct served_ports *served;
+	int zero = 0;
+
+	if (p->kind != KIND_FLOW)
+		return p->kind != KIND_ICMP;
+	if (is_opening(p) || be16(p->key.dport) >= PORT_MIN)
+		return 0;
+	served = served_ports.lookup(&zero);
+	return served && !served->port[p->key.dport];
+}
+
 int localhost(struct __sk_buff *skb)
 {
 	struct packet p = {};
 	struct hook h = {.skb = skb, .p = &p};
 	struct flow *f = NULL;
-	__u64 now = bpf_ktime_get_ns();
 	int verdict;
 
-	p.pod_id = POD_ID(skb);
 	p.key.ifindex = skb->ifindex;
+	parse(skb, &p);
+	if (p.key.ifindex == LO_IFINDEX && is_among_containers(&p))
+		return TC_ACT_UNSPEC;
+	p.pod_id = POD_ID(skb);
 	h.flows = flows.lookup(&p.pod_id);
 	if (!h.flows)
 		return p.key.ifindex == LO_IFINDEX ? TC_ACT_UNSPEC : TC_ACT_SHOT;
-	parse(skb, &p);
 	if (p.kind == KIND_FLOW && !skb->vlan_present)
 		f = bpf_map_lookup_elem(h.flows, &p.key);
-	if (!f || f->role == FLOW_CANDIDATE || !is_settled(&p, f, now)) {
-		if (p.key.ifindex == LO_IFINDEX && !(p.kind == KIND_FLOW && is_opening(&p)) && p.kind != KIND_ICMP)
-			return TC_ACT_UNSPEC;
+	if (!f && p.key.ifindex == LO_IFINDEX && p.kind == KIND_FLOW && !is_opening(&p))
+		return TC_ACT_UNSPEC;
+	if (!f || f->role == FLOW_CANDIDATE || !is_settled(&p, f)) {
 		f = consider(&h, f, &verdict);
 		if (!f)
 			return verdict;
 	}
-	return forward(skb, &p, f, now);
+	return forward(skb, &p, f);
 }
 
 /* Reached by a tail call only. */

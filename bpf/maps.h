@@ -143,6 +143,15 @@ _Static_assert(sizeof(struct flow) == 104, "flow");
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flow_template, FLOWS_PER_POD);
 BPF_HASH_OF_MAPS(flows, __u32, "flow_template", PODS_MAX);
 
+/* Which ports has a flow from some pod's `lo` to a guest ever had? What leaves `lo` for any other port, or for one of the
+ * router's own (PORT_MIN), is between containers, and the flow table need not be asked. One byte a port, not a bit: bytes
+ * are set without a lock. Never cleared: a stale byte costs a lookup. */
+struct served_ports {
+	__u8 port[65536];
+};
+
+BPF_ARRAY(served_ports, struct served_ports, 1);
+
 /* --- counters --------------------------------------------------------------------------------------------------- */
 
 enum drop_reason {

@@ -139,18 +139,10 @@ static inline __u8 parse_ipv6(struct __sk_buff *skb, struct packet *p, void *dat
 	return is_extension(p->key.proto) ? KIND_EXTENSION : KIND_OTHER;
 }
 
-static inline void parse(struct __sk_buff *skb, struct packet *p)
+static inline void parse_linear(struct __sk_buff *skb, struct packet *p)
 {
 	void *data = (void *)(long)skb->data;
-	__u64 linear = skb->data_end - skb->data;
 
-	/* A guest can make its TAP's frames arrive with as little as an Ethernet header in the linear part (virtio's
-	 * hdr_len: drivers/net/tun.c, tun_get_user). Everyone else's headers are linear, and pulling costs a copy if the
-	 * packet is cloned, so only do it where it is needed. */
-	if (linear < HEADERS_MAX && linear < skb->len) {
-		bpf_skb_pull_data(skb, skb->len < HEADERS_MAX ? skb->len : HEADERS_MAX);
-		data = (void *)(long)skb->data;
-	}
 	p->kind = KIND_MALFORMED;
 	if (data + L3 > (void *)(long)skb->data_end)
 		return;
@@ -161,4 +153,19 @@ static inline void parse(struct __sk_buff *skb, struct packet *p)
 		p->kind = parse_ipv6(skb, p, data);
 	else
 		p->kind = KIND_OTHER;
+}
+
+static inline void parse(struct __sk_buff *skb, struct packet *p)
+{
+	__u32 missing;
+
+	parse_linear(skb, p);
+	if (p->kind != KIND_MALFORMED)
+		return;
+	/* A guest can make its TAP's frames arrive with as little as an Ethernet header in the linear part (virtio's
+	 * hdr_len: drivers/net/tun.c, tun_get_user). Everyone else's headers are linear: what TCP sends over `lo` has
+	 * nothing but headers there, and pulling more would copy. */
+	missing = skb->len < HEADERS_MAX ? skb->len : HEADERS_MAX;
+	if (skb->data_end - skb->data < missing && !bpf_skb_pull_data(skb, missing))
+		parse_linear(skb, p);
 }

@@ -107,3 +107,33 @@ def test_nobody_listens(make_pod: Callable[..., Any], client: str, guests: int, 
         udp.send(b"?")
         with pytest.raises(ConnectionRefusedError):
             udp.recv(1)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_datagram_larger_than_a_guest_takes(make_pod: Callable[..., Any], family: int) -> None:
+    pod = make_pod()
+    with (
+        pod.socket(pod.guests[0], FAMILIES[family], socket.SOCK_DGRAM) as server,
+        pod.socket(None, FAMILIES[family], socket.SOCK_DGRAM) as client,
+    ):
+        server.bind((ANY[family], 5353))
+        client.connect((LOOPBACK[family], 5353))
+        largest = 1500 - (28 if family == 4 else 48)
+        client.send(b"x" * largest)
+        assert len(server.recv(2000)) == largest
+        client.send(b"x" * (largest + 1))
+        with pytest.raises(OSError, match="Message too long"):
+            client.recv(1)
+        client.send(b"again")
+        assert server.recv(2000) == b"again"
+        dropped = {reason.name: count for reason, count in pod.table.counters(pod.id).items()}
+        assert dropped["TOO_BIG"] == 1
+    # The pod's own loopback is as wide as before.
+    with (
+        pod.socket(None, FAMILIES[family], socket.SOCK_DGRAM) as server,
+        pod.socket(None, FAMILIES[family], socket.SOCK_DGRAM) as client,
+    ):
+        server.bind((LOOPBACK[family], 5454))
+        client.connect((LOOPBACK[family], 5454))
+        option = (socket.IPPROTO_IP, 14) if family == 4 else (socket.IPPROTO_IPV6, 24)  # IP_MTU, IPV6_MTU
+        assert client.getsockopt(*option) >= 65535
