@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .run import Guest, RunOptions
 
 STDIN, STDOUT = 0, 1
+STDIN_PATIENCE_S = 5
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
@@ -82,13 +83,15 @@ async def _attached(spec: GuestSpec, options: RunOptions) -> int:
             data = data[written:]
 
     options = replace(options, on_console=to_stdout)
-    return await _supervise(spec, options, type_stdin)
+    return await _supervise(spec, options, beside=type_stdin)
 
 
 async def type_stdin(guest: Guest) -> None:
     """What is typed, or piped, into stdin goes to the guest's console, until either ends."""
     import trio
 
+    with trio.move_on_after(STDIN_PATIENCE_S):
+        await guest.ready.wait()  # a kernel that opens its console throws away what has come before
     while True:
         try:
             await trio.lowlevel.wait_readable(STDIN)
@@ -103,10 +106,17 @@ async def type_stdin(guest: Guest) -> None:
             return
 
 
-async def _supervise(spec: GuestSpec, options: RunOptions, *tasks: Callable[[Guest], Awaitable[None]]) -> int:
-    """Run the guest, with a task for each of `tasks`, until it ends; SIGINT and SIGTERM stop it in order.
+async def _supervise(
+    spec: GuestSpec,
+    options: RunOptions,
+    *,
+    first: Callable[[Guest], Awaitable[None]] | None = None,
+    beside: Callable[[Guest], Awaitable[None]] | None = None,
+) -> int:
+    """Run the guest until it ends; SIGINT and SIGTERM stop it in order. Returns the exit code to end with.
 
-    A signal that comes while the guest is being launched takes the launch back.
+    `first` is awaited to its end, `beside` runs until the guest ends. A signal that comes while the guest is being
+    launched takes the launch back.
     """
     import trio
 
@@ -131,8 +141,10 @@ async def _supervise(spec: GuestSpec, options: RunOptions, *tasks: Callable[[Gue
         async with trio.open_nursery() as nursery:
             nursery.start_soon(on_signals, signals, nursery.cancel_scope)
             async with run_guest(spec, options) as guest, trio.open_nursery() as work:
-                for task in tasks:
-                    work.start_soon(task, guest)
+                if beside is not None:
+                    work.start_soon(beside, guest)
+                if first is not None:
+                    await first(guest)
                 record = await guest.wait()
                 code = record.exit_code or 0
                 work.cancel_scope.cancel()
@@ -218,7 +230,7 @@ def _detached(spec: GuestSpec, args: argparse.Namespace, writer: int) -> int:
             os.close(writer)  # the parent has heard all it waits for
             writer = -1
 
-        return trio.run(partial(_supervise, spec, options, report))
+        return trio.run(partial(_supervise, spec, options, first=report))
     except BaseException as exc:
         if isinstance(exc, BaseExceptionGroup):
             exc = first_error(exc) or exc

@@ -14,7 +14,7 @@ from . import cpio
 from .hosts import hosts, resolv_conf
 
 # Few messages, for every character of one is an exit; panic=-1 and reboot=t: a panic ends the VM, at once.
-KERNEL_CMDLINE = "console=ttyS0 loglevel=3 edd=off panic=-1 reboot=t tsc=reliable no_timer_check random.trust_cpu=on"
+KERNEL_CMDLINE = "console=ttyS0 loglevel=3 edd=off panic=-1 reboot=t no_timer_check random.trust_cpu=on"
 SHELL = "echo uklaunch: a shell in this guest, ended by exit or Ctrl-D; exec sh -i"
 
 _EXIT_STATUS = re.compile(rb"^uklaunch: exit status (\d{1,3})\r?$", re.MULTILINE)

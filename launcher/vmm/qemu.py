@@ -40,8 +40,8 @@ QMP_TIMEOUT_S = 30
 
 MACHINES = {
     Machine.MICROVM: "microvm,acpi=on,pcie=off,rtc=on,pit=on,pic=on,isa-serial=on,usb=off,graphics=off",
-    Machine.PC: "pc,usb=off,smbus=off,vmport=off,graphics=off,hpet=off",
-    Machine.Q35: "q35,usb=off,smbus=off,sata=off,vmport=off,graphics=off,hpet=off",
+    Machine.PC: "pc,usb=off,smbus=off,vmport=off,graphics=off",
+    Machine.Q35: "q35,usb=off,smbus=off,sata=off,vmport=off,graphics=off",
 }
 
 
@@ -239,6 +239,7 @@ class Vmm:
     command: list[str]
     stderr: list[str] = field(default_factory=list)
     stderr_ended: trio.Event = field(default_factory=trio.Event)
+    _loop: Any = None  # trio-asyncio's event loop: named, so that any task can give commands
     _client: QMPClient | None = None
     _events: EventListener | None = None
 
@@ -268,22 +269,19 @@ class Vmm:
         self.process.kill()
 
     async def _execute(self, command: str) -> None:
-        from trio_asyncio import aio_as_trio
-
         assert self._client is not None
         async with self._explained(f"QEMU did not do {command!r}"):
-            await aio_as_trio(self._client.execute)(command)
+            await self._loop.run_aio_coroutine(self._client.execute(command))
 
     async def connect(self, sock: socket.socket) -> None:
         """Wait until QEMU has set itself up. Raises UklaunchError if it cannot."""
         from qemu.qmp import EventListener, QMPClient
-        from trio_asyncio import aio_as_trio
 
         self._client = QMPClient("guest")
         self._events = EventListener(("SHUTDOWN", "GUEST_PANICKED"))
         self._client.register_listener(self._events)
         async with self._explained("QEMU did not start"):
-            await aio_as_trio(self._client.connect)(sock)
+            await self._loop.run_aio_coroutine(self._client.connect(sock))
         # The greeting can come before QEMU gives up on, say, a bad CPU model.
         await self._execute("query-status")
 
@@ -305,23 +303,20 @@ class Vmm:
             raise self.failure(what) from failure
 
     async def disconnect(self) -> None:
-        from trio_asyncio import aio_as_trio
-
         assert self._client is not None
         with trio.CancelScope(shield=True), contextlib.suppress(Exception):  # a dead QEMU is no news here
-            await aio_as_trio(self._client.disconnect)()
+            await self._loop.run_aio_coroutine(self._client.disconnect())
 
     async def shutdown_reason(self) -> str:
         """Why QEMU ended, in QMP's words (`guest-shutdown`, `guest-reset`, ...), once it has; "" if it did not say."""
         from qemu.qmp import Runstate
-        from trio_asyncio import aio_as_trio
 
         client = self._client
         if client is None or self._events is None:
             return ""
         with trio.move_on_after(1):  # what QEMU wrote last is read, then its end of the socket
             while client.runstate == Runstate.RUNNING:
-                await aio_as_trio(client.runstate_changed)()
+                await self._loop.run_aio_coroutine(client.runstate_changed())
         events = self._events.clear()
         for event in events:
             if event["event"] == "GUEST_PANICKED":
@@ -355,8 +350,12 @@ def confined(command: list[str], groups: Iterable[int]) -> list[str]:
     ]
 
 
-def pick_machine(boot: Boot) -> Machine:
-    return boot.machines[0]
+def pick_machine(boot: Boot, accel: Accel) -> Machine:
+    """The best of the guest's boards. Not microvm without KVM: it has no clock but the PIT, against which a guest on
+    a busy host fails to calibrate its CPU ("tsc: Unable to calibrate against PIT"), and then hangs before it can say so.
+    """
+    suitable = [machine for machine in boot.machines if accel is Accel.KVM or machine is not Machine.MICROVM]
+    return (suitable or list(boot.machines))[0]
 
 
 @contextlib.asynccontextmanager
@@ -369,7 +368,7 @@ async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | No
     binary = shutil.which(BINARY)
     if binary is None:
         raise _missing(BINARY, "qemu-system-x86")
-    machine = pick_machine(boot)
+    machine = pick_machine(boot, accel)
     async with contextlib.AsyncExitStack() as stack:
         qmp_ours, qmp_theirs = (stack.enter_context(end) for end in socket.socketpair())
         console_ours, console_theirs = (stack.enter_context(end) for end in socket.socketpair())
@@ -397,7 +396,7 @@ async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | No
         nursery.start_soon(_collect_stderr, vmm)
         from trio_asyncio import open_loop  # while QEMU loads
 
-        await stack.enter_async_context(open_loop())
+        vmm._loop = await stack.enter_async_context(open_loop())
         stack.push_async_callback(vmm.disconnect)
         await vmm.connect(qmp_ours)
         mark("qmp")
