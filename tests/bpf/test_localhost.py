@@ -20,14 +20,17 @@ def guest_address(family: int, index: int) -> str:
     return f"169.254.77.{index}" if family == 4 else f"fd00:77::{index:x}"
 
 
+PATHS = ["container-guest", "guest-container", "guest-guest", "guest-self"]
+
+
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("bound", ["loopback", "any"])
-@pytest.mark.parametrize("guests", [1, 3])
-@pytest.mark.parametrize("path", ["container-guest", "guest-container", "guest-guest", "guest-self"])
+@pytest.mark.parametrize(
+    ("path", "guests"),
+    [(path, guests) for path in PATHS for guests in (1, 3) if (path, guests) != ("guest-guest", 1)],
+)
 @pytest.mark.parametrize("kind", ["tcp", "udp"])
 def test_matrix(make_pod: Callable[..., Any], kind: str, path: str, guests: int, bound: str, family: int) -> None:
-    if path == "guest-guest" and guests == 1:
-        pytest.skip("takes two guests")
     pod = make_pod(guests=guests)
     first, last = pod.guests[0], pod.guests[-1]
     client_at, server_at = {
@@ -91,11 +94,10 @@ def udp_exchange(pod: Any, client_at: Any, server_at: Any, family: Any, address:
 
 
 @pytest.mark.parametrize("family", [4, 6])
-@pytest.mark.parametrize("guests", [0, 1, 3])
-@pytest.mark.parametrize("client", ["container", "guest"])
+@pytest.mark.parametrize(
+    ("client", "guests"), [("container", 0), ("container", 1), ("container", 3), ("guest", 1), ("guest", 3)]
+)
 def test_nobody_listens(make_pod: Callable[..., Any], client: str, guests: int, family: int) -> None:
-    if client == "guest" and not guests:
-        pytest.skip("takes a guest")
     pod = make_pod(guests=guests)
     where, target = (pod.guests[0], BRIDGE) if client == "guest" else (None, LOOPBACK)
     with pod.socket(where, FAMILIES[family], socket.SOCK_STREAM) as tcp:
