@@ -24,6 +24,12 @@ HEAD_BYTES = 64 << 10
 SECTOR = 512
 PVH_NOTE = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 NOTES_LIMIT_BYTES = 1 << 20
+LINUX_PARTITION, GPT_PROTECTIVE = 0x83, 0xEE
+# "Linux filesystem" and "Linux root (x86-64)", as their bytes stand in a GPT.
+GPT_LINUX = {
+    bytes.fromhex("af3dc60f838472478e793d69d8477de4"),
+    bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709"),
+}
 OSV_CMDLINE_OFFSET, OSV_CMDLINE_LIMIT = 512, 4096
 
 # What people hand us by mistake, and what they may have meant.
@@ -52,11 +58,12 @@ _FAMILY_MARKS = (
 )
 
 
-def identify(path: Path, family: Family | None = None) -> Image:
+def identify(path: Path | str, family: Family | None = None) -> Image:
     """What boots there and how it is configured. `family` overrides what the content says.
 
     Raises ImageNotFound, ImageError if it is nothing that we can boot, UsageError for a bad manifest.
     """
+    path = Path(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -130,7 +137,7 @@ class _Segment:
 def _elf(path: Path, head: bytes, size: int) -> Image:
     try:
         segments = list(_segments(head))
-    except struct.error:
+    except (struct.error, IndexError):
         raise ImageError(f"{path} is truncated: not even its ELF header is whole", "copy it again") from None
     for segment in segments:
         if segment.offset + segment.size > size:
@@ -250,6 +257,7 @@ def _raw_disk(path: Path, head: bytes, size: int, shown: Path | None = None) -> 
             for start, _ in partitions:
                 etc.update(rofs.read(file, start, "etc"))
     else:
+        family = Family.LINUX if _has_linux_partition(head) else Family.GENERIC
         with path.open("rb") as file:
             for start, _ in partitions:
                 file.seek(start)
@@ -271,8 +279,16 @@ def _partitions(head: bytes) -> Iterator[tuple[int, int]]:
     for slot in range(4):
         kind = head[446 + 16 * slot + 4]
         start, length = struct.unpack_from("<II", head, 446 + 16 * slot + 8)
-        if kind not in (0, 0xEE) and length:
+        if kind not in (0, GPT_PROTECTIVE) and length:
             yield start * SECTOR, length * SECTOR
+
+
+def _has_linux_partition(head: bytes) -> bool:
+    """By its type; in a GPT by its entries' type GUIDs."""
+    kinds = {head[446 + 16 * slot + 4] for slot in range(4)}
+    entries = head[2 * SECTOR : 2 * SECTOR + 128 * 128]
+    gpt = {entries[at : at + 16] for at in range(0, len(entries), 128)}
+    return LINUX_PARTITION in kinds or (GPT_PROTECTIVE in kinds and bool(gpt & GPT_LINUX))
 
 
 def _osv_cmdline(head: bytes) -> str | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from ..model import Boot, GuestSpec, Machine, Nic
-from . import cpio
+from ..model import Boot, Disk, GuestSpec, Machine, Nic
+from . import cpio, nocloud
 from .hosts import hosts, resolv_conf
 
 # Few messages, for every character of one is an exit; panic=-1 and reboot=t: a panic ends the VM, at once.
@@ -21,13 +21,33 @@ _EXIT_STATUS = re.compile(rb"^uklaunch: exit status (\d{1,3})\r?$", re.MULTILINE
 
 
 def configure(spec: GuestSpec, nic: Nic) -> Boot:
-    """`cmdline` is a shell command that the guest runs; without one it is an interactive shell."""
+    """`cmdline` is a shell command that the guest runs; without one it is an interactive shell.
+
+    A disk image boots by its own boot sector, and is told the rest by a NoCloud seed.
+    """
+    if spec.image.kernel is None:
+        return _from_disk(spec, nic)
     command = spec.cmdline if spec.cmdline is not None else spec.image.cmdline
     return Boot(
         kernel=spec.image.kernel,
         initrds=(*spec.image.initrds, overlay(spec, nic, command or SHELL)),
         cmdline=KERNEL_CMDLINE,
         machines=(Machine.MICROVM, Machine.Q35),
+        memory_mib=spec.memory_mib,
+        cpus=spec.cpus,
+        nic=nic,
+    )
+
+
+def _from_disk(spec: GuestSpec, nic: Nic) -> Boot:
+    disks = zip(spec.image.disks, spec.image.disks_qcow2, strict=True)
+    return Boot(
+        kernel=None,
+        disks=(
+            *(Disk(source=path, qcow2=qcow2) for path, qcow2 in disks),
+            Disk(source=nocloud.seed(spec, nic), readonly=True),
+        ),
+        machines=(Machine.Q35,),
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,
         nic=nic,

@@ -40,8 +40,9 @@ QMP_TIMEOUT_S = 30
 
 MACHINES = {
     Machine.MICROVM: "microvm,acpi=on,pcie=off,rtc=on,pit=on,pic=on,isa-serial=on,usb=off,graphics=off",
-    Machine.PC: "pc,usb=off,smbus=off,vmport=off,graphics=off",
-    Machine.Q35: "q35,usb=off,smbus=off,sata=off,vmport=off,graphics=off",
+    # Not graphics=off: that makes the firmware draw on the serial console.
+    Machine.PC: "pc,usb=off,smbus=off,vmport=off",
+    Machine.Q35: "q35,usb=off,smbus=off,sata=off,vmport=off",
 }
 
 
@@ -351,8 +352,10 @@ def confined(command: list[str], groups: Iterable[int]) -> list[str]:
 
 
 def pick_machine(boot: Boot, accel: Accel) -> Machine:
-    """The best of the guest's boards. Not microvm without KVM: it has no clock but the PIT, against which a guest on
-    a busy host fails to calibrate its CPU ("tsc: Unable to calibrate against PIT"), and then hangs before it can say so.
+    """The best of the guest's boards, but not microvm without KVM.
+
+    Its only other clock is the PIT, against which a guest on a busy host fails to calibrate its CPU ("tsc: Unable to
+    calibrate against PIT"); it then hangs, often before it can say so.
     """
     suitable = [machine for machine in boot.machines if accel is Accel.KVM or machine is not Machine.MICROVM]
     return (suitable or list(boot.machines))[0]

@@ -4,11 +4,13 @@ and the file formats they write, checked by the tools that read them."""
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
 
+import pycdlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,6 +183,33 @@ def test_osv_endings(console: bytes, status: int | None) -> None:
 )
 def test_linux_exit_status(console: bytes, status: int | None) -> None:
     assert linux.exit_status(console) == status
+
+
+def test_a_linux_disk_gets_a_nocloud_seed(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(fixtures.mbr(b"\xeb", (8, 8))) + bytes(16 * 512))
+    spec = GuestSpec(name="web", pod="p", image=identify(path), cmdline="echo 'a b'", env={"A": "b c"})
+    boot = linux.configure(spec, NIC)
+    assert boot.kernel is None
+    seed = boot.disks[1].source
+    assert isinstance(seed, bytes)
+    iso = pycdlib.PyCdlib()
+    iso.open_fp(io.BytesIO(seed))
+    assert iso.pvd.volume_identifier.strip() == b"CIDATA"
+
+    def read(name: str) -> str:
+        out = io.BytesIO()
+        iso.get_file_from_iso_fp(out, rr_path=f"/{name}")
+        return out.getvalue().decode()
+
+    assert json.loads(read("meta-data"))["local-hostname"] == "web"
+    network = json.loads(read("network-config"))["ethernets"]["pod"]
+    assert network["addresses"] == ["169.254.77.2/24", "fd00:77::2/64"]
+    header, body = read("user-data").split("\n", 1)
+    assert header == "#cloud-config"
+    assert json.loads(body)["runcmd"] == [["env", "A=b c", "sh", "-c", "echo 'a b'"]]
+    assert "169.254.77.1 localhost" in json.loads(body)["write_files"][0]["content"]
+    iso.close()
 
 
 # --- formats ---

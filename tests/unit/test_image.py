@@ -24,6 +24,11 @@ SAMPLES = {
     "bzImage": (fixtures.bzimage(), ImageFormat.BZIMAGE, Family.LINUX),
     "osv disk": (fixtures.osv_disk(CMDLINE, ETC), ImageFormat.RAW_DISK, Family.OSV),
     "nanos disk": (fixtures.nanos_disk(), ImageFormat.RAW_DISK, Family.NANOS),
+    "linux disk": (
+        bytes(fixtures.mbr(b"\xeb", (8, 8))) + b"\xeb\x58GRUB" + bytes(16 * 512),
+        ImageFormat.RAW_DISK,
+        Family.LINUX,
+    ),
     "some disk": (bytes(fixtures.mbr(b"\xfa")) + bytes(512), ImageFormat.RAW_DISK, Family.GENERIC),
 }
 
@@ -68,6 +73,7 @@ def test_a_truncated_image_is_called_so(name: str, tmp_path: Path) -> None:
     ("content", "says"),
     [
         (b"", "empty"),
+        (b"\x7fELF", "truncated"),
         (b"#!/bin/sh\n", "a script"),
         (b"hello\n", "a text file"),
         (b"\x1f\x8b\x08\0", "gzip"),
