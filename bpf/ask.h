@@ -19,6 +19,8 @@ static inline int enter_candidate(struct hook *h, struct flow *fwd, struct flow 
 	struct flow_key *key = &h->scratch->key;
 	struct flow *old;
 
+	if (answers_itself(&h->scratch->asked, fwd))
+		return -1;
 	reverse_key(key, &h->scratch->asked, fwd);
 	if (!bpf_map_update_elem(h->flows, key, rev, BPF_NOEXIST))
 		return 0;

@@ -108,12 +108,20 @@ static inline __u32 find_socket(struct hook *h, const struct addr *saddr, __u16 
 	return state;
 }
 
+/* A guest that dials its own port from that port: the answers would look like the question. */
+static inline int answers_itself(const struct flow_key *key, const struct flow *fwd)
+{
+	return fwd->ifindex == key->ifindex && key->sport == key->dport && fwd->sport == key->dport;
+}
+
 /* Would the new flow, as the far side sees it, be mistaken for a conversation that the pod's stack has already? */
 static inline int port_is_taken(struct hook *h, struct flow *fwd)
 {
 	const struct flow_key *key = &h->p->key;
 	__u32 state;
 
+	if (answers_itself(key, fwd))
+		return 1;
 	if (fwd->ifindex != LO_IFINDEX && key->proto == IPPROTO_UDP)
 		return 0; /* a socket that sends from this port to localhost and to the guest's address: it is one peer */
 	if (find_socket(h, &fwd->daddr, fwd->dport, &fwd->saddr, fwd->sport))

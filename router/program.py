@@ -100,19 +100,20 @@ def open_pins() -> Pins:
     """The router of this version of the sources; loaded now if it is not. The caller closes the descriptors."""
     directory = root() / version()
     try:
-        return _open(directory)
+        return open_directory(directory)
     except FileNotFoundError:
         pass
     except PermissionError as exc:
         raise RouterError(f"no permission to open {directory}", "run uklaunch as root") from exc
     with _lock():
         with contextlib.suppress(FileNotFoundError):
-            return _open(directory)
-        _load_in_child(directory)
-        return _open(directory)
+            return open_directory(directory)
+        load_apart(directory)
+        return open_directory(directory)
 
 
-def _open(directory: Path) -> Pins:
+def open_directory(directory: Path) -> Pins:
+    """FileNotFoundError: it is not complete."""
     opened = list[int]()
     try:
         for name in (PROGRAM, *MAPS):
@@ -174,9 +175,10 @@ def remove(directory: Path) -> None:
 # --- load ---
 
 
-def _load_in_child(directory: Path) -> None:
+def load_apart(directory: Path, defines: Sequence[str] = ()) -> None:
+    """Load in a child of our own. Raises RouterError."""
     package = Path(__file__).parent
-    command = [sys.executable, "-m", "router.program", str(directory)]
+    command = [sys.executable, "-m", "router.program", str(directory), *defines]
     path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     if result.returncode == 0:

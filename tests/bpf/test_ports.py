@@ -134,7 +134,8 @@ def test_guest_that_leaves(make_pod: Callable[..., Any]) -> None:
         client.send(b"x")
         pod.table.remove_guest(pod.id, pod.guests[0].row.ifindex)
         pod.table.remove_guest(pod.id, pod.guests[0].row.ifindex)
-        assert flows(pod) == [] and owners(pod) == {}
+        assert flows(pod) == []
+        assert owners(pod) == {}
         with pytest.raises(ConnectionRefusedError):
             dial(pod)
 
@@ -168,7 +169,8 @@ def test_same_source_port_from_everywhere(make_pod: Callable[..., Any]) -> None:
             stack.enter_context(accepted)
             peers.append(peer)
         assert {address for address, _ in peers} == {"169.254.77.1"}
-        assert len({port for _, port in peers}) == 4 and peers[0][1] == 40404
+        assert len({port for _, port in peers}) == 4
+        assert peers[0][1] == 40404
 
 
 def test_many_connections_to_a_container(make_pod: Callable[..., Any]) -> None:
@@ -235,12 +237,15 @@ def test_flows_tell_who_talks_to_whom(make_pod: Callable[..., Any]) -> None:
         client.send(b"x" * 1000)
         assert len(accepted.recv(2000)) == 1000
         (flow,) = flows(pod)
-        assert flow.protocol == "tcp" and flow.state == "open"
+        assert flow.protocol == "tcp"
+        assert flow.state == "open"
         assert (flow.opener.guest, str(flow.opener.address)) == (3, "169.254.77.3")
         assert (str(flow.dialled.address), flow.dialled.port) == ("169.254.77.1", 8080)
         assert (flow.server.guest, str(flow.server.address)) == (None, "127.0.0.1")
         assert (str(flow.seen_as.address), flow.seen_as.port) == accepted.getpeername()
-        assert flow.bytes_sent > 1000 and flow.packets_received >= 2 and flow.idle_s < 5
+        assert flow.bytes_sent > 1000
+        assert flow.packets_received >= 2
+        assert flow.idle_s < 5
         client.shutdown(socket.SHUT_WR)
         assert accepted.recv(1) == b""
         assert flows(pod)[0].state == "closing"
