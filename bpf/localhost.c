@@ -1,4 +1,62 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * One localhost for all of a pod's containers and guests.
+ *
+ * Theory of Operation
+ * ===================
+ *
+ * One program serves every pod of the host, at two hooks, attached by clsact and cls_bpf in direct-action mode. The
+ * filter's class id is the pod's id.
+ *
+ *      pod's network namespace
+ *      +----------------------------------------------------------------+
+ *      |  containers                                                    |
+ *      |   |      ^                                                     |
+ *      |   v      | redirect into lo                                    |
+ *      |   lo ----+--------------------------------+                    |
+ *      |   | egress: HERE                          |                    |
+ *      |   |                                       |                    |
+ *      |   |  redirect out of the TAP              |                    |
+ *      |   +---------------------------> uktap2 ---+ ingress: HERE      |
+ *      |                                  |   \                         |
+ *      |            what is not ours      |    ukbr0 169.254.77.1       |
+ *      |            goes on to the bridge |          fd00:77::1         |
+ *      +----------------------------------|-----------------------------+
+ *                                       guest: `localhost` is the bridge's address
+ *
+ * A packet is looked up in the pod's flow table by where it is met and by its addresses and ports. A hit says what it
+ * becomes and where it goes: rewrite, redirect, done. Neither bridge, routing, ARP nor conntrack see it.
+ *
+ * A miss decides if the packet opens something (a TCP SYN, any UDP datagram) and is for the pod's localhost:
+ *
+ *      from a container, to 127.0.0.1:p, ::1:p or the bridge's address
+ *          a socket of the pod has p           pass
+ *          a guest serves p                    bridge:e -> guest:p, out of its TAP
+ *          else                                pass, and the pod's stack refuses it at once
+ *
+ *      from a guest, to the bridge's address
+ *          a socket has 127.0.0.1:p or ::1:p   127.0.0.1:x -> 127.0.0.1:p, into lo; x from 61000 up
+ *          a socket has bridge:p               pass
+ *          a guest serves p, this one too      bridge:e -> guest:p, out of its TAP
+ *          else                                pass, likewise
+ *
+ * Servers in containers thus see a loopback address as their peer, guests see what is `localhost` to them. "A guest
+ * serves p" is for ports.h to say, and "guest" means one that has been heard in this family: guard.h.
+ *
+ * Any other miss on `lo` is traffic between containers and passes, after as little work as possible; any other miss on
+ * a TAP has to get past the guard and goes on to the bridge. Errors by ICMP about flows go where the flow goes: icmp.h.
+ *
+ * What may go wrong, and what is done about it
+ * --------------------------------------------
+ * - An entry is evicted (LRU), or its guest leaves: packets of its flow miss. On `lo` the pod's stack answers a segment
+ *   that it knows no connection for, with a RST.
+ * - A SYN meets an entry: a repetition, or a new connection by an old name. Decided anew, since a container may have
+ *   started or stopped listening; if it comes out the same, the entry is used on.
+ * - Two flows would look the same to a server: the second is given another source port. See open_flow().
+ *
+ * Files: maps.h every map and struct, reasons.h why packets are dropped, parse.h frame to key, rewrite.h key to frame,
+ * guard.h what guests may send, flows.h the table, ports.h and ask.h who serves a port, icmp.h errors.
+ */
 #include <linux/pkt_cls.h>
 
 #include "ask.h"
@@ -12,28 +70,42 @@
 #define POD_ID(skb) ((skb)->tc_classid)
 #endif
 
+/* What a TCP segment tells about its flow, beyond that it is alive. Most tell nothing. */
+static inline void note_segment(struct packet *p, struct flow *f)
+{
+	if (!(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)))
+		return;
+	if (f->role == FLOW_REVERSE && !(f->seen & SEEN_ANSWER) && p->key.ifindex != LO_IFINDEX) {
+		if (p->tcp_flags & TCP_RST)
+			forget_owner(p);
+		else
+			learn_owner(p);
+	}
+	if (p->tcp_flags & TCP_SYN)
+		f->seen |= SEEN_ANSWER;
+	if (p->tcp_flags & TCP_FIN)
+		f->seen |= SEEN_FIN;
+	if (p->tcp_flags & TCP_RST)
+		f->seen |= SEEN_RST;
+}
+
+static inline void note_datagram(struct packet *p, struct flow *f)
+{
+	if (f->seen & SEEN_ANSWER)
+		return;
+	f->seen |= SEEN_ANSWER;
+	if (f->role == FLOW_REVERSE && p->key.ifindex != LO_IFINDEX)
+		learn_owner(p);
+}
+
 static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
 	if (skb->len - L3 > f->mtu && !skb->gso_size)
 		return too_big(skb, p);
-	if (p->key.proto == IPPROTO_TCP && p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) {
-		if (f->role == FLOW_REVERSE && !(f->seen & SEEN_ANSWER)) {
-			if (p->tcp_flags & TCP_RST)
-				forget_owner(p);
-			else if (p->key.ifindex != LO_IFINDEX)
-				learn_owner(p);
-		}
-		if (p->tcp_flags & TCP_SYN)
-			f->seen |= SEEN_ANSWER;
-		if (p->tcp_flags & TCP_FIN)
-			f->seen |= SEEN_FIN;
-		if (p->tcp_flags & TCP_RST)
-			f->seen |= SEEN_RST;
-	} else if (!(f->seen & SEEN_ANSWER) && p->key.proto == IPPROTO_UDP) {
-		f->seen |= SEEN_ANSWER;
-		if (f->role == FLOW_REVERSE && p->key.ifindex != LO_IFINDEX)
-			learn_owner(p);
-	}
+	if (p->key.proto == IPPROTO_TCP)
+		note_segment(p, f);
+	else
+		note_datagram(p, f);
 	f->last_ns = bpf_ktime_get_ns();
 	f->packets++;
 	f->bytes += skb->len;

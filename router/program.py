@@ -14,6 +14,7 @@ ours, made of links to that package and three small files, and machines with and
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -33,6 +34,7 @@ from .errors import RouterError
 
 PROGRAM = "program"
 MAPS = ("pods", "guests", "ports", "flows", "pod_counters", "programs")
+CFLAGS = ["-Wno-macro-redefined"]
 _TAIL_CALLED = {"ask": 0}  # function -> index in `programs`: bpf/maps.h, PROGRAM_*
 _LOADING = "new-"  # no dot: bpffs reserves them (kernel/bpf/inode.c, bpf_lookup)
 
@@ -194,10 +196,10 @@ def load(directory: Path, defines: Sequence[str] = ()) -> None:
     loading = directory.parent / f"{_LOADING}{os.getpid()}"
     with _compiled("localhost.c", defines) as (functions, maps):
         for name, index in _TAIL_CALLED.items():
-            fd = _load_program(name, functions[name])
+            fd = load_program(name, functions[name])
             syscall.update(maps["programs"], struct.pack("I", index), struct.pack("I", fd))
             os.close(fd)
-        program = _load_program("localhost", functions["localhost"])
+        program = load_program("localhost", functions["localhost"])
         try:
             loading.mkdir()
             for name, fd in {PROGRAM: program, **maps}.items():
@@ -212,12 +214,12 @@ def load(directory: Path, defines: Sequence[str] = ()) -> None:
             os.close(program)
 
 
-def _load_program(name: str, instructions: bytes) -> int:
+def load_program(name: str, instructions: bytes) -> int:
     try:
         return syscall.load_program(instructions, f"uk_{name}")
-    except PermissionError as exc:
-        raise RouterError("no permission to load programs into the kernel", "run uklaunch as root") from exc
     except OSError as exc:
+        if exc.errno == errno.EPERM:  # not EACCES: so the verifier calls a program's own sins
+            raise RouterError("no permission to load programs into the kernel", "run uklaunch as root") from exc
         raise RouterError(
             f"the kernel refuses the router's program {name}: {os.strerror(exc.errno or 0)}",
             "see: uklaunch doctor",
@@ -241,7 +243,7 @@ def _compiled(name: str, defines: Sequence[str]) -> Iterator[tuple[dict[str, byt
         try:
             module = bcc.BPF(
                 text=flatten(name),
-                cflags=["-Wno-macro-redefined", *(f"-D{define}" for define in defines)],
+                cflags=[*CFLAGS, *(f"-D{define}" for define in defines)],
             )
         except Exception as exc:  # bcc has no class of its own for this; clang has spoken on stderr
             if os.geteuid() != 0:

@@ -539,7 +539,8 @@ def test_garbage(hooks: Hooks, seed: bytes, changes: list[tuple[int, int]], leng
     try:
         verdict, out = hooks.send(hook, bytes(frame))
     except OSError as exc:
-        assert exc.errno == errno.EINVAL
+        if exc.errno != errno.EINVAL:
+            raise
         reject()  # a test run wants a whole IP header behind its EtherType
     after = sum(hooks.table.counters(POD).values())
     assert verdict in (PASS, DROP, REDIRECT)
