@@ -129,18 +129,26 @@ class Guest:
         self.update(status="stopping")
         steps: list[tuple[Callable[[], Awaitable[None]], float]] = [(self.vmm.quit, QUIT_TIMEOUT_S)]
         if self.boot.powers_down:
-            steps.insert(0, (self.vmm.power_down, self.options.stop_timeout_s))
+            steps.insert(0, (self._press_power_button, self.options.stop_timeout_s))
         try:
             for step, timeout_s in steps:
                 with trio.move_on_after(timeout_s) as self._patience:
-                    await step()
-                    await self.ended.wait()
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(step)
+                        await self.ended.wait()
+                        nursery.cancel_scope.cancel()
                     return
         finally:
             self._patience = None
         self._killed = True
         self.vmm.kill()
         await self.ended.wait()
+
+    async def _press_power_button(self) -> None:
+        await self.vmm.power_down()
+        if not self.ready.is_set():  # it may have been too early for the guest to hear
+            await self.ready.wait()
+            await self.vmm.power_down()
 
     def update(self, **changes: object) -> None:
         self.record = state.update_guest(self.record, **changes)

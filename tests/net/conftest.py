@@ -70,6 +70,8 @@ def played_guest(
         net.write_sysctls(
             netns,
             {
+                "net/ipv4/icmp_ratelimit": "0",  # as in guest-config/linux/init
+                "net/ipv6/icmp/ratelimit": "0",
                 "net/ipv4/conf/default/arp_notify": "1",
                 "net/ipv6/conf/default/ndisc_notify": "1",
                 "net/ipv6/conf/all/disable_ipv6": "0" if ipv6 else "1",
