@@ -110,7 +110,8 @@ def test_a_day_in_the_life() -> None:
     assert out == f"{POD}/web\n"
     (guest,) = json.loads(ok("ps", "--json"))
     assert (guest["status"], guest["memory_mib"], guest["ports"]) == ("ready", 96, ["8080/tcp"])
-    assert "web" in ok("ps") and "8080/tcp" in ok("ps")
+    assert "web" in ok("ps")
+    assert "8080/tcp" in ok("ps")
     assert json.loads(ok("inspect", "web"))["pod"] == POD
     assert "serving" in ok("logs", f"{POD}/web")
     for host in ("127.0.0.1", "[::1]", "localhost"):
