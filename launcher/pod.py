@@ -225,6 +225,11 @@ class Membership:
         with open_router() as table:
             if not self.record.bridge:
                 self.record = _finish(self.record, table)
+            elif self.record.id not in table.pod_ids():
+                raise UklaunchError(
+                    f"pod {self.record.name!r} is served by the router of another version of uklaunch",
+                    f"make it anew: uklaunch pod rm --force {self.record.name}",
+                )
             nic = self.nic
             self._ifindex = net.link_indexes(self.netns)[self.tap]
             table.add_guest(
