@@ -311,6 +311,13 @@ def attach_loopback(netns: Path, program_fd: int, pod_id: int) -> bool:
     return made
 
 
+def attach_program(netns: Path, index: int, hook: str, program_fd: int) -> None:
+    """Put any program on a link, as the router is; for the benchmarks."""
+    with _iproute(netns, "attach a program") as ip:
+        ip.tc("add", "clsact", index)
+        _add_filter(ip, index, hook, program_fd, 1)
+
+
 def detach_loopback(netns: Path, *, own_clsact: bool) -> None:
     """Idempotent."""
     with _iproute(netns, "take the router off lo") as ip:

@@ -7,6 +7,7 @@ made: whatever is cut off half-way has a record by which it is found and removed
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from .model import GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, che
 from .timeline import mark
 
 NAMESPACE_PREFIX = "uk-"
+POD_ID_MAX = (1 << 16) - 1  # the class id's low half, which is all that a program sees of it
 
 
 def plan_of(record: state.PodRecord) -> AddressPlan:
@@ -73,9 +75,8 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     state.write_pod(record)
     bridge = net.make_bridge(netns, plan, record.name)
     mark("bridge")
-    with state.lock(state.root() / "lock"):  # two pods must not take one id
-        taken = table.pod_ids()
-        record = replace(record, id=next(n for n in range(1, 1 << 16) if n not in taken))
+    with state.lock(state.root() / "lock") as last:  # two pods must not take one id
+        record = replace(record, id=_next_id(last, set(table.pod_ids())))
         state.write_pod(record)
         table.add_pod(
             record.id,
@@ -85,6 +86,21 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     record = replace(record, own_clsact=made, bridge=bridge)
     state.write_pod(record)
     return record
+
+
+def _next_id(last: int, taken: set[int]) -> int:
+    """A free id, the one after the last given, which the open file `last` holds.
+
+    Not the lowest: the links of a removed pod live on for a moment, with its id, and interface indexes are the same in
+    every namespace.
+    """
+    before = int(os.pread(last, 16, 0) or b"0")
+    following = itertools.chain(range(before + 1, POD_ID_MAX + 1), range(1, before + 1))
+    found = next((number for number in following if number not in taken), None)
+    if found is None:
+        raise UklaunchError(f"this host has {len(taken)} pods, and that is all it can have")
+    os.pwrite(last, f"{found:<8}\n".encode(), 0)
+    return found
 
 
 def _remove(record: state.PodRecord) -> None:

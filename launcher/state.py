@@ -1,6 +1,6 @@
 """What uklaunch remembers between its processes: /run/uklaunch, one JSON file per pod and per guest, and locks.
 
-    lock                        held for a moment, while a pod id is taken
+    lock                        held for a moment, while a pod id is taken; holds the last one
     pods/POD.lock               held while the pod's structure changes
     pods/POD.json               PodRecord
     guests/POD/GUEST/           private to root
