@@ -140,8 +140,10 @@ def talk_udp(server: socket.socket, client: socket.socket, target: tuple[str, in
 WAYS = [("container", 4), ("container", 6), ("2", 4), ("2", 6)]
 
 
-@pytest.mark.parametrize("guests", [1, 3])
-@pytest.mark.parametrize(("client", "version"), WAYS)
+@pytest.mark.parametrize(
+    ("client", "version", "guests"),
+    [(*way, guests) for way in WAYS for guests in (0, 1, 3) if guests or way[0] == "container"],
+)
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 def test_nobody_listens_is_refused_at_once(
     client: str, version: int, protocol: str, guests: int, make_pod: Callable[[int], PlayedPod]
@@ -214,3 +216,27 @@ def test_flows_of_one_pod_are_unknown_to_another(make_pod: Callable[[int], Playe
         assert not any(flow.dialled.port == port for flow in other.table.flows(other.record.id))
         with open_in(other.netns, 4, "tcp") as stranger:
             assert stranger.connect_ex((LOOPBACK[4], port)) == errno.ECONNREFUSED
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_datagram_too_large_for_a_guest_is_an_error_to_its_sender(version: int) -> None:
+    with played_pod(1, name="nettest-mtu") as pod:
+        port, largest = next(ports), 1500 - (28 if version == 4 else 48)
+        with open_in(pod.guests[0].netns, version, "udp") as server, open_in(pod.netns, version, "udp") as client:
+            server.bind((ANY[version], port))
+            client.connect((LOOPBACK[version], port))
+            client.send(b"x" * largest)
+            assert len(server.recv(2000)) == largest
+            client.send(b"x" * (largest + 1))
+            with pytest.raises(OSError, match="Message too long"):
+                client.recv(1)
+            client.send(b"again")
+            assert server.recv(2000) == b"again"
+        counted = {reason.name: count for reason, count in pod.table.counters(pod.record.id).items()}
+        assert counted["TOO_BIG"] == 1
+        # The pod's own loopback is as wide as before.
+        with open_in(pod.netns, version, "udp") as server, open_in(pod.netns, version, "udp") as client:
+            server.bind((LOOPBACK[version], port))
+            client.connect((LOOPBACK[version], port))
+            option = (socket.IPPROTO_IP, 14) if version == 4 else (socket.IPPROTO_IPV6, 24)  # IP_MTU, IPV6_MTU
+            assert client.getsockopt(*option) >= 65535
