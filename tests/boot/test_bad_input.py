@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import DEFAULT_BUNDLE
+from launcher.arguments import DEFAULT_BUNDLE
 
 from .. import leaks
 from ..cli import shown, uklaunch

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launcher import net, state
-from launcher.cli import DEFAULT_BUNDLE
+from launcher.arguments import DEFAULT_BUNDLE
 from launcher.demo import demo
 
 from .. import leaks

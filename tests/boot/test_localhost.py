@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from launcher import GuestSpec, RunOptions, identify, open_pod, run_guest
-from launcher.cli import DEFAULT_BUNDLE
+from launcher.arguments import DEFAULT_BUNDLE
 from launcher.container import container
 from launcher.demo import CONTAINER_SERVER, Shell
 

@@ -1,0 +1,121 @@
+"""The command line's arguments, and nothing else: `cli` does what they say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import ExitCode, UsageError
+from .model import Accel, Family, Port
+
+DEFAULT_BUNDLE = Path("/var/lib/uklaunch/default")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see: {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(ExitCode.USAGE)
+
+
+def port_number(text: str) -> int:
+    try:
+        return Port.parse(text).number
+    except UsageError as exc:
+        raise argparse.ArgumentTypeError(exc.message) from None
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="uklaunch",
+        description="Unikernels and microVMs that share localhost with the containers of their pod.",
+        epilog="Exit codes: the guest's own; 125 uklaunch or the VMM failed; 126 not runnable; 127 not found; "
+        "134 the guest crashed; 137 it was killed; 130 Ctrl-C; 2 bad arguments.",
+    )
+    top.add_argument("-v", "--verbose", action="store_true", help="say more about errors")
+    top.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, text: str, *, to: Any = commands, as_json: bool = False) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = to.add_parser(name, help=text, description=text)
+        if as_json:
+            sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    run = add("run", "run a guest in a pod")
+    run.add_argument("image", metavar="IMAGE", help="disk image, kernel or bundle directory; `default`: ours")
+    run.add_argument("--pod", required=True, metavar="POD", help="made if it does not exist, and goes with its guests")
+    run.add_argument("--name", help="the guest's name and host name (default: the image's)")
+    run.add_argument("-m", "--memory", metavar="SIZE", help="such as 128M or 1G")
+    run.add_argument("--cpus", type=int, metavar="N")
+    run.add_argument("--expose", action="append", default=[], metavar="PORT[/udp]", help="a port that this guest has")
+    run.add_argument("-e", "--env", action="append", default=[], metavar="KEY[=VALUE]")
+    run.add_argument("--cmdline", help="what the guest runs, instead of what its image says")
+    run.add_argument("--family", choices=[family.value for family in Family], help="instead of what the content says")
+    run.add_argument("--vmm", choices=["qemu"], default="qemu")
+    run.add_argument("--accel", choices=[accel.value for accel in Accel], default="auto")
+    run.add_argument("--netns", type=Path, metavar="PATH", help="adopt this namespace as the pod's")
+    run.add_argument("-d", "--detach", action="store_true", help="return when the guest is ready")
+    run.add_argument("--no-wait", action="store_true", help="with -d: return when the guest has been started")
+    run.add_argument("--ready-port", type=port_number, metavar="PORT", help="ready is when this TCP port accepts")
+    run.add_argument("--ready-timeout", type=seconds, default=60.0, metavar="SECONDS")
+    run.add_argument("--stop-timeout", type=seconds, default=10.0, metavar="SECONDS", help="to power down in")
+    run.add_argument("--rm", action="store_true", help="forget the guest and its console when it ends")
+
+    ps = add("ps", "list guests", as_json=True)
+    ps.add_argument("-a", "--all", action="store_true", help="those that have ended, too")
+    ps.add_argument("--pod", default=None)
+
+    logs = add("logs", "show a guest's console")
+    logs.add_argument("guest", metavar="GUEST", help="NAME or POD/NAME")
+    logs.add_argument("-f", "--follow", action="store_true")
+    logs.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+
+    stop = add("stop", "stop guests in order: power button, quit, kill")
+    stop.add_argument("guests", nargs="+", metavar="GUEST")
+    stop.add_argument("-t", "--time", type=seconds, metavar="SECONDS", help="to power down in")
+
+    rm = add("rm", "forget ended guests and their consoles")
+    rm.add_argument("guests", nargs="+", metavar="GUEST")
+    rm.add_argument("-f", "--force", action="store_true", help="stop them first")
+
+    add("inspect", "all that is known of a guest, as JSON").add_argument("guest", metavar="GUEST")
+
+    pods = commands.add_parser("pod", help="create, list, inspect and remove pods; run commands in them")
+    pod_commands = pods.add_subparsers(dest="pod_command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    create = add("create", "make a pod that stays until it is removed", to=pod_commands)
+    create.add_argument("pod", metavar="POD")
+    create.add_argument("--netns", type=Path, metavar="PATH", help="adopt this namespace")
+    create.add_argument("--ipv4", metavar="ADDRESS/PREFIX", help="the bridge's, instead of 169.254.77.1/24")
+    create.add_argument("--ipv6", metavar="ADDRESS/PREFIX", help="the bridge's, instead of fd00:77::1/64")
+    add("ls", "list pods", to=pod_commands, as_json=True)
+    add("inspect", "all that is known of a pod, as JSON", to=pod_commands).add_argument("pod", metavar="POD")
+    pod_rm = add("rm", "remove pods", to=pod_commands)
+    pod_rm.add_argument("pods", nargs="+", metavar="POD")
+    pod_rm.add_argument("-f", "--force", action="store_true", help="stop their guests first")
+    pod_exec = add("exec", "run a command in a pod's namespace", to=pod_commands)
+    pod_exec.add_argument("pod", metavar="POD")
+    pod_exec.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+
+    add("flows", "a pod's flows, and what the router dropped and why", as_json=True).add_argument("pod", metavar="POD")
+    gc = add("gc", "clean up after crashes", as_json=True)
+    gc.add_argument("--kill", action="store_true", help="end guests that run without a supervisor")
+    add("doctor", "check what this machine offers, with remedies", as_json=True)
+    build = add("build-default", "build the default image from Debian packages")
+    build.add_argument("directory", nargs="?", type=Path, default=DEFAULT_BUNDLE)
+    add("demo", "show a pod whose guests and containers share localhost")
+    return top
