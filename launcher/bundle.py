@@ -6,7 +6,6 @@ The packages are fetched and unpacked, never installed. The bundle is built besi
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import lzma
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from .errors import UklaunchError
 from .guests import cpio
+from .guests.hosts import template
 
 KERNEL = "linux-image-cloud-amd64"  # depends on the newest concrete kernel
 BUSYBOX = "busybox-static"
@@ -86,8 +86,7 @@ def _versions(packages: list[str]) -> list[str]:
 
 
 def _sources() -> str:
-    init = importlib.resources.files("launcher.guest_config") / "linux" / "init"
-    return init.read_text() + Path(__file__).read_text()
+    return template("linux", "init") + Path(__file__).read_text()
 
 
 def _build(new: Path, scratch: Path, packages: list[str]) -> None:
@@ -116,8 +115,7 @@ def _initrd(tree: Path) -> Iterator[cpio.Entry]:
     yield cpio.file("lib64/ld-linux-x86-64.so.2", _find(tree, "ld-linux-x86-64.so.2").read_bytes(), 0o755)
     for library in NETCAT_LIBRARIES:
         yield cpio.file(f"lib/{library}", _find(tree, library).read_bytes(), 0o755)
-    init = importlib.resources.files("launcher.guest_config") / "linux" / "init"
-    yield cpio.file("init", init.read_bytes(), 0o755)
+    yield cpio.file("init", template("linux", "init"), 0o755)
     order = []
     for module in _modules(tree):
         name = module.name.removesuffix(".xz")

@@ -1,25 +1,32 @@
-"""The files by which a guest takes `localhost` for the bridge."""
+"""The files by which a guest takes `localhost` for the bridge, from their templates in guest-config/.
+
+OSv's has IPv4 alone and first (of several lines with a name it takes the first, whatever family was asked for), and
+must end in a newline (a name at the very end of the file is overlooked).
+"""
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
+from string import Template
 
 from ..model import Nic
 
 
-def hosts(name: str, nic: Nic, *, ipv6: bool = True) -> str:
-    """/etc/hosts. IPv4 first, always: OSv takes the first line that has the name, whatever family was asked for.
+def template(family: str, file: str) -> str:
+    return (importlib.resources.files("launcher.guest_config") / family / file).read_text()
 
-    It ends in a newline: OSv overlooks a name at the very end of the file.
-    """
-    lines = [f"{nic.gateway_ipv4} localhost localhost.localdomain"]
-    if ipv6:
-        lines.append(f"{nic.gateway_ipv6} localhost localhost.localdomain ip6-localhost ip6-loopback")
-    lines.append(f"{nic.ipv4.ip} {name}")
-    if ipv6:
-        lines.append(f"{nic.ipv6.ip} {name}")
-    return "\n".join(lines) + "\n"
+
+def hosts(family: str, name: str, nic: Nic) -> str:
+    """/etc/hosts for a guest of the family."""
+    return Template(template(family, "hosts")).substitute(
+        name=name,
+        ipv4=nic.ipv4.ip,
+        ipv6=nic.ipv6.ip,
+        gateway_ipv4=nic.gateway_ipv4,
+        gateway_ipv6=nic.gateway_ipv6,
+    )
 
 
 def resolv_conf(nameservers: Iterable[IPv4Address | IPv6Address]) -> str:

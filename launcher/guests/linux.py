@@ -66,7 +66,7 @@ def overlay(spec: GuestSpec, nic: Nic, command: str) -> bytes:
     return cpio.archive(
         (
             cpio.directory("etc"),
-            cpio.file("etc/hosts", hosts(spec.name, nic)),
+            cpio.file("etc/hosts", hosts("linux", spec.name, nic)),
             cpio.file("etc/resolv.conf", resolv_conf(spec.nameservers)),
             cpio.file("etc/hostname", spec.name + "\n"),
             cpio.directory("uklaunch", 0o700),

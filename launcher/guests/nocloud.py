@@ -49,7 +49,7 @@ def _user_data(spec: GuestSpec, nic: Nic) -> object:
     data: dict[str, object] = {
         "manage_etc_hosts": False,
         "write_files": [
-            {"path": "/etc/hosts", "content": hosts(spec.name, nic)},
+            {"path": "/etc/hosts", "content": hosts("linux", spec.name, nic)},
             {"path": "/etc/environment", "content": env, "append": True},
         ],
     }

@@ -33,7 +33,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
         disks[0] = Disk(source=disks[0].source, qcow2=disks[0].qcow2, patches=(patch,))
     etc = {
         **image.etc,
-        "hosts": _hosts(spec, nic).encode(),
+        "hosts": hosts("osv", spec.name, nic).encode(),
         "resolv.conf": resolv_conf(spec.nameservers).encode(),
     }
     disks.append(Disk(source=rofs.write(etc), readonly=True))
@@ -48,10 +48,6 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
         nic=nic,
         ipv6=None,  # mainline has none, the branch `ipv6` has
     )
-
-
-def _hosts(spec: GuestSpec, nic: Nic) -> str:
-    return hosts(spec.name, nic, ipv6=False) + f"{nic.ipv4.ip} osv.local\n"
 
 
 def command_line(spec: GuestSpec, nic: Nic, *, etc_disk: int) -> str:

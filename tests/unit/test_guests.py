@@ -139,7 +139,7 @@ def test_osv_hosts_has_ipv4_first_and_ends_in_a_newline(tmp_path: Path) -> None:
     assert isinstance(source, bytes)
     hosts = _root(source)["hosts"].decode()
     assert hosts.startswith("169.254.77.1 localhost ")
-    assert hosts.endswith("osv.local\n")
+    assert hosts.endswith(" osv.local\n")
     assert all(len(line) <= 511 for line in hosts.splitlines())
 
 
