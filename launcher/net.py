@@ -209,14 +209,24 @@ def _iproute(netns: Path, what: str) -> Iterator[IPRoute]:
     from pyroute2 import IPRoute
 
     mark("pyroute2")
-    with _explained(what):
-        sock = in_netns(netns, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 0))
+    with _explained(what), open_netlink(netns) as sock:
         ip = IPRoute(use_socket=sock)
         try:
             yield ip
         finally:
             ip.close()
-            sock.close()
+
+
+def open_netlink(netns: Path, groups: int = 0) -> socket.socket:
+    """A netlink socket in the namespace, subscribed to the multicast groups."""
+
+    def body() -> socket.socket:
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 0)
+        if groups:
+            sock.bind((0, groups))
+        return sock
+
+    return in_netns(netns, body)
 
 
 def make_bridge(netns: Path, plan: AddressPlan, pod: str) -> int:
@@ -361,13 +371,8 @@ def _add_filter(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int
 def open_neighbour_events(netns: Path) -> socket.socket:
     """A netlink socket that tells of every change in the namespace's neighbour tables."""
 
-    def body() -> socket.socket:
-        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
-        sock.bind((0, _RTMGRP_NEIGH))
-        return sock
-
     with _explained("watch the pod's neighbours"):
-        return in_netns(netns, body)
+        return open_netlink(netns, _RTMGRP_NEIGH)
 
 
 def parse_neighbour_events(data: bytes) -> Iterator[tuple[IPv4Address | IPv6Address, bool]]:
