@@ -194,6 +194,8 @@ def demo(image: Path, say: Callable[[str], None]) -> bool:
     shown = Demo(say)
     if state.read_pod(POD) is not None:
         raise UklaunchError(f"pod {POD!r} exists", f"remove it first: uklaunch pod rm --force {POD}")
+    with pod.open_router() as table:
+        before = set(pod.unknown_ids(table))
     try:
         trio.run(_demo, image, shown)
     except BaseExceptionGroup as group:
@@ -206,7 +208,7 @@ def demo(image: Path, say: Callable[[str], None]) -> bool:
             *(f"namespace {path}" for path in state.NETNS_DIR.glob(f"{pod.NAMESPACE_PREFIX}{POD}")),
             *(f"guest {record.name}" for record in state.guests(POD)),
             *(f"pod {record.name}" for record in state.pods() if record.name == POD),
-            *(f"router rows of pod id {pod_id}" for pod_id in pod.unknown_ids(table)),
+            *(f"router rows of pod id {pod_id}" for pod_id in set(pod.unknown_ids(table)) - before),
         ]
     shown.check("namespace, links, guests, processes, rows", ", ".join(left) or "all gone", "all gone")
     say(f"\n{'all good' if not shown.failures else f'{shown.failures} checks FAILED'}")

@@ -27,10 +27,10 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
     """
     if spec.image.kernel is None:
         return _from_disk(spec, nic)
-    command = spec.cmdline if spec.cmdline is not None else spec.image.cmdline
+    command = (spec.cmdline if spec.cmdline is not None else spec.image.cmdline) or SHELL
     return Boot(
         kernel=spec.image.kernel,
-        initrds=(*spec.image.initrds, overlay(spec, nic, command or SHELL)),
+        initrds=(*spec.image.initrds, overlay(spec, nic, command)),
         cmdline=KERNEL_CMDLINE,
         machines=(Machine.MICROVM, Machine.Q35),
         memory_mib=spec.memory_mib,
@@ -55,12 +55,13 @@ def _from_disk(spec: GuestSpec, nic: Nic) -> Boot:
 
 
 def overlay(spec: GuestSpec, nic: Nic, command: str) -> bytes:
-    network = {
+    settings = {
         "IPV4": nic.ipv4,
         "IPV6": nic.ipv6,
         "GATEWAY_IPV4": nic.gateway_ipv4,
         "GATEWAY_IPV6": nic.gateway_ipv6,
         "MTU": nic.mtu,
+        "STOP_SIGNAL": "HUP" if command == SHELL else "TERM",  # which an interactive shell ignores
     }
     env = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in spec.env.items())
     return cpio.archive(
@@ -70,7 +71,7 @@ def overlay(spec: GuestSpec, nic: Nic, command: str) -> bytes:
             cpio.file("etc/resolv.conf", resolv_conf(spec.nameservers)),
             cpio.file("etc/hostname", spec.name + "\n"),
             cpio.directory("uklaunch", 0o700),
-            cpio.file("uklaunch/network", "".join(f"{key}={value}\n" for key, value in network.items()), 0o600),
+            cpio.file("uklaunch/settings", "".join(f"{key}={value}\n" for key, value in settings.items()), 0o600),
             cpio.file("uklaunch/env", env, 0o600),
             cpio.file("uklaunch/command", command + "\n", 0o600),
         )
