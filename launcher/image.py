@@ -42,6 +42,7 @@ _STRANGERS = (
     (0, b"070701", "a cpio archive: an initrd, with no kernel", f"put it into a bundle, with a kernel and {MANIFEST}"),
     (0, b"#!", "a script", ""),
     (0x438, b"\x53\xef", "an ext4 file system, without a boot sector", "give a whole disk, or a bundle with a kernel"),
+    (0, b"\xad\xbe\xad\xde", "an OSv file system, without a kernel", "name it under disks in a bundle"),
     (0, b"hsqs", "a squashfs file system", "give a whole disk, or a bundle with a kernel"),
     (0x8001, b"CD001", "an ISO 9660 image", "give a whole disk, or a bundle with a kernel"),
     (0, b"KDMV", "a VMDK disk", "convert it: qemu-img convert -O qcow2"),
@@ -124,7 +125,9 @@ def _bzimage(path: Path, head: bytes, size: int) -> Image:
     wanted = (sectors + 1) * SECTOR + paragraphs * 16
     if wanted > size:
         raise _truncated(path, "kernel", wanted, size)
-    return _kernel(path, ImageFormat.BZIMAGE, Family.LINUX)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        family = _family_of(content)  # OSv's vmlinuz.bin is a bzImage too
+    return _kernel(path, ImageFormat.BZIMAGE, Family.LINUX if family is Family.GENERIC else family)
 
 
 @dataclass(frozen=True, slots=True)

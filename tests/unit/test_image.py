@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import ImageError, ImageNotFound, UklaunchError, UsageError
+from launcher.guests import rofs
 from launcher.image import identify
 from launcher.model import Family, Image, ImageFormat, Port
 
@@ -22,6 +23,7 @@ SAMPLES = {
     "unikraft elf": (fixtures.UNIKRAFT_ELF, ImageFormat.MULTIBOOT_ELF, Family.UNIKRAFT),
     "some pvh elf": (fixtures.elf(pvh=True), ImageFormat.PVH_ELF, Family.GENERIC),
     "bzImage": (fixtures.bzimage(), ImageFormat.BZIMAGE, Family.LINUX),
+    "osv bzImage": (fixtures.bzimage()[:-64] + b"_ZN3osv".ljust(64, b"\0"), ImageFormat.BZIMAGE, Family.OSV),
     "osv disk": (fixtures.osv_disk(CMDLINE, ETC), ImageFormat.RAW_DISK, Family.OSV),
     "nanos disk": (fixtures.nanos_disk(), ImageFormat.RAW_DISK, Family.NANOS),
     "linux disk": (
@@ -78,6 +80,7 @@ def test_a_truncated_image_is_called_so(name: str, tmp_path: Path) -> None:
         (b"hello\n", "a text file"),
         (b"\x1f\x8b\x08\0", "gzip"),
         (b"070701" + bytes(100), "cpio"),
+        (rofs.write({"x": b""}), "an OSv file system"),
         (bytes(1024), "unknown kind"),
         (fixtures.elf(), "no kernel"),
     ],
