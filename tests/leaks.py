@@ -12,8 +12,6 @@ from pathlib import Path
 import router
 from launcher import state
 
-PREFIXES = ("uk", "ukt-")
-
 
 def ours() -> set[str]:
     return {*_namespaces(), *_links(), *_qdiscs(), *_files(), *_processes(), *_router_rows()}
@@ -44,9 +42,13 @@ def _files() -> Iterator[str]:
 
 
 def _processes() -> Iterator[str]:
+    """QEMUs of ours, that is, of our mount namespace: a container beside us may run this suite too."""
+    mounts = Path("/proc/self/ns/mnt").readlink()
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
+            if (path / "ns/mnt").readlink() != mounts:
+                continue
         except (FileNotFoundError, ProcessLookupError):
             continue
         if words[0].endswith(b"qemu-system-x86_64") and b"id=qmp," in b" ".join(words):
