@@ -49,7 +49,7 @@ def _processes() -> Iterator[str]:
             words = (path / "cmdline").read_bytes().split(b"\0")
             if (path / "ns/mnt").readlink() != mounts:
                 continue
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or its owner may do more than we
             continue
         if words[0].endswith(b"qemu-system-x86_64") and b"id=qmp," in b" ".join(words):
             yield f"process {path.name}: {words[0].decode()}"
