@@ -1,11 +1,13 @@
 """What an image is, from its own bytes: never from its name. Reads; changes nothing.
 
 Sources: Documentation/arch/x86/boot.rst (bzImage); elf.h; xen/include/public/elfnote.h (PVH); the Multiboot
-specifications, 0.6.96 and 2.0; docs/interop/qcow2.rst in QEMU's tree.
+specifications, 0.6.96 and 2.0.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import mmap
 import stat
 import struct
@@ -14,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from .errors import ImageError, ImageNotFound, UklaunchError, UsageError
 from .model import Family, Image, ImageFormat, Port, parse_memory_mib
@@ -24,6 +26,7 @@ HEAD_BYTES = 64 << 10
 SECTOR = 512
 PVH_NOTE = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 NOTES_LIMIT_BYTES = 1 << 20
+X86_MACHINES = (3, 62)  # EM_386, which multiboot kernels claim to be, and EM_X86_64
 LINUX_PARTITION, GPT_PROTECTIVE = 0x83, 0xEE
 # "Linux filesystem" and "Linux root (x86-64)", as their bytes stand in a GPT.
 GPT_LINUX = {
@@ -31,6 +34,7 @@ GPT_LINUX = {
     bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709"),
 }
 OSV_CMDLINE_OFFSET, OSV_CMDLINE_LIMIT = 512, 4096
+QCOW2_MAGIC, NANOS_MAGIC = b"QFI\xfb", b"NVMTFS"
 
 # What people hand us by mistake, and what they may have meant.
 _STRANGERS = (
@@ -55,7 +59,8 @@ _STRANGERS = (
 _FAMILY_MARKS = (
     (Family.OSV, (b"OSv v", b"_ZN3osv")),
     (Family.UNIKRAFT, (b"Unikraft", b"uk_inittab", b"ukplat_")),
-    (Family.NANOS, (b"NVMTFS",)),
+    (Family.NANOS, (NANOS_MAGIC,)),
+    (Family.LINUX, (b"Linux version ",)),  # a vmlinux; the others may speak of Linux too
 )
 
 
@@ -91,10 +96,10 @@ def _file(path: Path) -> Image:
             return _elf(path, head, size)
         if head[0x202:0x206] == b"HdrS" and head[0x1FE:0x200] == b"\x55\xaa":
             return _bzimage(path, head, size)
-    if head.startswith(b"QFI\xfb"):
-        return _qcow2(path, size, head)
+    if head.startswith(QCOW2_MAGIC):
+        return _disk(path, ImageFormat.QCOW2)
     if head[0x1FE:0x200] == b"\x55\xaa":
-        return _raw_disk(path, head, size)
+        return _disk(path, ImageFormat.RAW_DISK)
     raise _stranger(path, head)
 
 
@@ -126,7 +131,7 @@ def _bzimage(path: Path, head: bytes, size: int) -> Image:
     if wanted > size:
         raise _truncated(path, "kernel", wanted, size)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        family = _family_of(content)  # OSv's vmlinuz.bin is a bzImage too
+        family = _family_of(content, size)  # OSv's vmlinuz.bin is a bzImage too
     return _kernel(path, ImageFormat.BZIMAGE, Family.LINUX if family is Family.GENERIC else family)
 
 
@@ -142,6 +147,9 @@ def _elf(path: Path, head: bytes, size: int) -> Image:
         segments = list(_segments(head))
     except (struct.error, IndexError):
         raise ImageError(f"{path} is truncated: not even its ELF header is whole", "copy it again") from None
+    machine = struct.unpack_from("<H", head, 18)[0]
+    if machine not in X86_MACHINES:
+        raise ImageError(f"{path} is an ELF program for another CPU (machine {machine}), not for x86-64")
     for segment in segments:
         if segment.offset + segment.size > size:
             raise _truncated(path, "program", segment.offset + segment.size, size)
@@ -159,7 +167,15 @@ def _elf(path: Path, head: bytes, size: int) -> Image:
                 f"{path} is an ELF program without a PVH note or a multiboot header: no kernel",
                 "put it into an image of a unikernel, such as OSv's",
             )
-        return _kernel(path, format_, _family_of(content))
+        # What is loaded tells; a kernel that was not stripped has ten times as much to debug it with.
+        end = max((segment.offset + segment.size for segment in segments if segment.type == 1), default=size)
+        family = _family_of(content, end)
+        image = _kernel(path, format_, family)
+        if family is not Family.OSV:
+            return image
+        from .guests import bootfs
+
+        return replace(image, etc=bootfs.read(content, end, "/etc/"))
 
 
 def _segments(head: bytes) -> Iterator[_Segment]:
@@ -211,9 +227,9 @@ def _is_multiboot(head: bytes) -> bool:
     return False
 
 
-def _family_of(content: mmap.mmap) -> Family:
+def _family_of(content: mmap.mmap, end: int) -> Family:
     for family, marks in _FAMILY_MARKS:
-        if any(content.find(mark) >= 0 for mark in marks):
+        if any(content.find(mark, 0, end) >= 0 for mark in marks):
             return family
     return Family.GENERIC
 
@@ -221,60 +237,93 @@ def _family_of(content: mmap.mmap) -> Family:
 # --- disks ---
 
 
-def _qcow2(path: Path, size: int, head: bytes) -> Image:
-    if len(head) < 72:
-        raise ImageError(f"{path} is truncated: not even its qcow2 header is whole", "copy it again")
-    l1_size, l1_offset = struct.unpack_from(">IQ", head, 36)
-    if l1_offset + 8 * l1_size > size:
-        raise _truncated(path, "cluster table", l1_offset + 8 * l1_size, size)
-    if struct.unpack_from(">Q", head, 8)[0]:
+@contextlib.contextmanager
+def _slice(path: Path, start: int, length: int) -> Iterator[tuple[BinaryIO, int]]:
+    """A part of a disk as its guest sees it: an open file, and where in it the part begins."""
+    if not _is_qcow2(path):
+        with path.open("rb") as file:
+            yield file, start
+        return
+    with tempfile.NamedTemporaryFile(prefix="uklaunch-") as part:
+        options = f"driver=raw,offset={start},size={length},file.driver=qcow2,file.file.driver=file"
+        name = str(path).replace(",", ",,")
+        _qemu_img(path, "convert", "-O", "raw", "--image-opts", f"{options},file.file.filename={name}", part.name)
+        part.seek(0)
+        yield cast(BinaryIO, part), 0
+
+
+def _read(path: Path, start: int, length: int) -> bytes:
+    with _slice(path, start, length) as (file, at):
+        file.seek(at)
+        return file.read(length)
+
+
+def _qemu_img(path: Path, *words: str) -> str:
+    try:
+        return subprocess.run(["qemu-img", *words], check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        raise UklaunchError("the command qemu-img is missing", "apt-get install qemu-utils") from None
+    except subprocess.CalledProcessError as exc:
+        why = (exc.stderr.strip() or "qemu-img gave no reason").splitlines()[-1].removeprefix("qemu-img: ")
+        raise ImageError(f"{path} is damaged or cut off: {why}", "copy it again; see: qemu-img check") from exc
+
+
+def _qcow2_size(path: Path) -> int:
+    """Its disk's size in bytes. A disk that lives in other files too is refused: whose they are, its writer decides."""
+    info = json.loads(_qemu_img(path, "info", "--format", "qcow2", "--output", "json", str(path)))
+    if "backing-filename" in info:
         raise ImageError(f"{path} is an overlay over another image", "flatten it: qemu-img convert -O qcow2")
-    with tempfile.NamedTemporaryFile(prefix="uklaunch-") as raw:
-        command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), raw.name]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise UklaunchError("the command qemu-img is missing", "apt-get install qemu-utils") from None
-        except subprocess.CalledProcessError as exc:
-            raise ImageError(f"{path} is damaged: {exc.stderr.strip()}", "see: qemu-img check") from exc
-        content = Path(raw.name)
-        with content.open("rb") as file:
-            inside = file.read(HEAD_BYTES)
-        if inside[0x1FE:0x200] != b"\x55\xaa":
-            raise ImageError(f"{path} is a qcow2 disk without a boot sector", "give a whole disk")
-        image = _raw_disk(content, inside, content.stat().st_size, shown=path)
-    return replace(image, path=path, format=ImageFormat.QCOW2, disks=(path,), disks_qcow2=(True,))
+    if "data-file" in info.get("format-specific", {}).get("data", {}):
+        raise ImageError(f"{path} keeps its data in another file", "convert it: qemu-img convert -O qcow2")
+    if info.get("encrypted"):
+        raise ImageError(f"{path} is encrypted", "convert it: qemu-img convert -O qcow2")
+    options = f"driver=qcow2,file.driver=file,file.filename={str(path).replace(',', ',,')}"
+    try:
+        _qemu_img(path, "check", "--image-opts", options)
+    except ImageError as exc:
+        # 3: clusters that nothing uses, which whoever was killed while writing leaves; they do no harm.
+        if getattr(exc.__cause__, "returncode", None) != 3:
+            raise
+    return int(info["virtual-size"])
 
 
-def _raw_disk(path: Path, head: bytes, size: int, shown: Path | None = None) -> Image:
+def _disk(path: Path, format_: ImageFormat) -> Image:
+    size = _qcow2_size(path) if format_ is ImageFormat.QCOW2 else path.stat().st_size
+    head = _read(path, 0, min(HEAD_BYTES, size))
+    if head[0x1FE:0x200] != b"\x55\xaa":
+        raise ImageError(f"{path} is a {format_} without a boot sector", "give a whole disk")
     partitions = list(_partitions(head))
     for start, length in partitions:
         if start + length > size:
-            raise _truncated(shown or path, "partition", start + length, size)
-    family, cmdline, etc = Family.GENERIC, "", {}
-    if (found := _osv_cmdline(head)) is not None:
-        from .guests import rofs
-
-        family, cmdline = Family.OSV, found
-        with path.open("rb") as file:
-            for start, _ in partitions:
-                etc.update(rofs.read(file, start, "etc"))
+            raise _truncated(path, "partition", start + length, size)
+    cmdline = _osv_cmdline(head)
+    if cmdline is not None:
+        family = Family.OSV
+    elif any(_read(path, start, len(NANOS_MAGIC)) == NANOS_MAGIC for start, length in partitions if length):
+        family = Family.NANOS
     else:
         family = Family.LINUX if _has_linux_partition(head) else Family.GENERIC
-        with path.open("rb") as file:
-            for start, _ in partitions:
-                file.seek(start)
-                if file.read(6) == b"NVMTFS":
-                    family = Family.NANOS
     return Image(
         path=path,
-        format=ImageFormat.RAW_DISK,
+        format=format_,
         family=family,
         disks=(path,),
-        disks_qcow2=(False,),
-        cmdline=cmdline,
-        etc=etc,
+        disks_qcow2=(format_ is ImageFormat.QCOW2,),
+        cmdline=cmdline or "",
+        etc=_etc(path, head, size) if family is Family.OSV else {},
     )
+
+
+def _etc(path: Path, head: bytes, size: int) -> dict[str, bytes]:
+    """/etc of an OSv disk: of its root's ROFS in a partition, or of one that fills the disk."""
+    from .guests import rofs
+
+    parts = list(_partitions(head)) if head[0x1FE:0x200] == b"\x55\xaa" else []
+    for start, length in parts or [(0, size)]:
+        with _slice(path, start, length) as (file, at):
+            if etc := rofs.read(file, at, "etc"):
+                return etc
+    return {}
 
 
 def _partitions(head: bytes) -> Iterator[tuple[int, int]]:
@@ -341,32 +390,37 @@ class _Manifest:
         for key in self.values:
             if key not in self.KEYS:
                 raise self._bad(key, "is unknown", self._nearest(key))
-        kernel = self._paths("kernel")[:1]
+        kernel = self._paths("kernel")
+        if len(kernel) > 1:
+            raise self._bad("kernel", "names several files", "there is one")
         disks = self._paths("disks")
         if not kernel and not disks:
             raise UsageError(f"{self.file} names neither a kernel nor disks", "it must say what boots")
         booted = _file((kernel or disks)[0])
         if kernel and booted.kernel is None:
             raise self._bad("kernel", f"is a {booted.format}", "name it under disks")
+        if not kernel and booted.kernel is not None:
+            raise self._bad("disks", f"begins with a {booted.format}", "name it as the kernel")
         stated = self.values.get("family", booted.family.value)
         try:
             stated = Family(stated)
         except ValueError:
             families = ", ".join(Family)
             raise self._bad("family", f"{stated!r} is unknown", f"use one of {families}") from None
-        memory = self._text("memory")
+        family = family or stated
+        root = _osv_root(disks[0]) if kernel and disks and family is Family.OSV else None
         return Image(
             path=self.file.parent,
             format=booted.format,
-            family=family or stated,
+            family=family,
             kernel=kernel[0] if kernel else None,
             initrds=self._paths("initrd"),
             disks=disks,
             disks_qcow2=tuple(_is_qcow2(disk) for disk in disks),
-            cmdline=self._text("cmdline") or booted.cmdline,
-            etc=_etc(disks),
+            cmdline=self._text("cmdline") or (root.cmdline if root else booted.cmdline),
+            etc=root.etc if root else booted.etc,
             env=self._env(),
-            memory_mib=parse_memory_mib(memory) if memory else None,
+            memory_mib=self._memory_mib(),
             cpus=self._cpus(),
             ports=self._ports(),
         )
@@ -400,6 +454,14 @@ class _Manifest:
                 raise self._bad(key, f"names {path}, which is no file", "paths start at the bundle's directory")
         return paths
 
+    def _memory_mib(self) -> int | None:
+        if not (text := self._text("memory")):
+            return None
+        try:
+            return parse_memory_mib(text)
+        except UsageError as exc:
+            raise self._bad("memory", f"does not do: {exc.message}", exc.hint) from None
+
     def _cpus(self) -> int | None:
         value = self.values.get("cpus")
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 255):
@@ -410,28 +472,35 @@ class _Manifest:
         value = self.values.get("ports", [])
         if not isinstance(value, list):
             raise self._bad("ports", "is not a list", 'write ports = ["8080/tcp"]')
-        return tuple(Port.parse(str(item)) for item in value)
+        try:
+            return tuple(Port.parse(str(item)) for item in value)
+        except UsageError as exc:
+            raise self._bad("ports", f"does not do: {exc.message}", exc.hint) from None
 
     def _env(self) -> dict[str, str]:
         value = self.values.get("env", {})
         if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
             raise self._bad("env", "is not a table of texts", '[env] with KEY = "value" below it')
+        for key in value:
+            if not (key.isascii() and key.isidentifier()):
+                raise self._bad("env", f"has {key!r}, which is not a variable's name", "write it as KEY")
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class _OsvRoot:
+    cmdline: str
+    etc: dict[str, bytes]
+
+
+def _osv_root(path: Path) -> _OsvRoot:
+    """What the first disk of an OSv kernel tells: a usr.img its command line too, which its own loader would read."""
+    size = _qcow2_size(path) if _is_qcow2(path) else path.stat().st_size
+    head = _read(path, 0, min(HEAD_BYTES, size))
+    bootable = head[0x1FE:0x200] == b"\x55\xaa"
+    return _OsvRoot(cmdline=(_osv_cmdline(head) or "") if bootable else "", etc=_etc(path, head, size))
 
 
 def _is_qcow2(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4) == b"QFI\xfb"
-
-
-def _etc(disks: tuple[Path, ...]) -> dict[str, bytes]:
-    """/etc of the first raw disk that is, or has, an OSv ROFS."""
-    from .guests import rofs
-
-    for disk in disks:
-        with disk.open("rb") as file:
-            head = file.read(SECTOR).ljust(SECTOR, b"\0")
-            for start in (0, *(start for start, _ in _partitions(head))):
-                if etc := rofs.read(file, start, "etc"):
-                    return etc
-    return {}
+        return file.read(4) == QCOW2_MAGIC

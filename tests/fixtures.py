@@ -6,7 +6,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from launcher.guests import rofs
+from launcher.guests import bootfs, rofs
 
 SECTOR = 512
 
@@ -72,9 +72,21 @@ def nanos_disk() -> bytes:
     return bytes(disk)
 
 
-def qcow2(raw: bytes, path: Path) -> Path:
+def bootfs_image(files: dict[str, bytes]) -> bytes:
+    """What scripts/mkbootfs.py in OSv's tree writes; a name that ends in @ is a symbolic link."""
+    records, content = b"", b""
+    for name, data in files.items():
+        link = name.endswith("@")
+        data += b"\0" * link
+        offset = (len(files) + 1) * bootfs.RECORD.size + len(content)
+        records += bootfs.RECORD.pack(len(data), offset, link, name.removesuffix("@").encode())
+        content += data
+    return records + bytes(bootfs.RECORD.size) + content
+
+
+def qcow2(raw: bytes, path: Path, *options: str) -> Path:
     source = path.with_suffix(".tmp-raw")
     source.write_bytes(raw)
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(source), str(path)], check=True)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, str(source), str(path)], check=True)
     source.unlink()
     return path
