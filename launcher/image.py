@@ -145,7 +145,7 @@ class _Segment:
 def _elf(path: Path, head: bytes, size: int) -> Image:
     try:
         segments = list(_segments(head))
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         raise ImageError(f"{path} is truncated: not even its ELF header is whole", "copy it again") from None
     machine = struct.unpack_from("<H", head, 18)[0]
     if machine not in X86_MACHINES:
