@@ -23,12 +23,12 @@ from launcher.model import AddressPlan
 
 from ..net.conftest import played_pod
 from . import baselines, launch
-from .traffic import Way, latency_us, summary, throughput_gbps
+from .topology import lab
+from .traffic import Way, latency_us, on_one_core, throughput_gbps
 
 PLAN = AddressPlan()
 GUEST4, GUEST6 = str(PLAN.guest_ipv4(2).ip), str(PLAN.guest_ipv6(2).ip)
 BRIDGE4, BRIDGE6 = str(PLAN.ipv4.ip), str(PLAN.ipv6.ip)
-PROXY_PORT, PROXIED_PORT = 30000, 30001
 OUTPUT = Path("build/bench.json")
 ports = itertools.count(20000)
 
@@ -44,10 +44,10 @@ def ways(stack: contextlib.ExitStack, guests: int) -> dict[str, Callable[[], Way
     """Each alternative, its namespaces made and kept by the stack; a new port at every call."""
     routed = stack.enter_context(played_pod(guests, name=f"bench{guests}"))
     guest = routed.guests[0].netns
-    plain = stack.enter_context(baselines.lab("plain", 1))
+    plain = stack.enter_context(lab("plain", 1))
     nat = stack.enter_context(baselines.dnat(guests))
     clone = stack.enter_context(baselines.clone_to_all(guests))
-    proxied = stack.enter_context(baselines.proxy(PROXY_PORT, PROXIED_PORT))
+    proxied = stack.enter_context(baselines.proxy())
 
     def way(client: Path, server: Path, bind: str, dial: str) -> Callable[[], Way]:
         return lambda: Way(client=client, server=server, bind=bind, dial=dial, port=next(ports))
@@ -66,8 +66,8 @@ def ways(stack: contextlib.ExitStack, guests: int) -> dict[str, Callable[[], Way
             server=proxied.guests[0],
             bind=GUEST4,
             dial="127.0.0.1",
-            port=PROXY_PORT,
-            listen_port=PROXIED_PORT,
+            port=baselines.PROXY_PORTS[4],
+            listen_port=baselines.PROXIED_PORT,
         ),
     }
 
@@ -88,7 +88,7 @@ def compare(guests: int, rounds: int, seconds: int) -> list[dict[str, object]]:
         base = figures["bridge, " + name[-4:]]
         row: dict[str, object] = {"name": name, "guests": guests}
         for key, values in kept.items():
-            row[key] = summary(values)
+            row[key] = {"min": min(values), "median": statistics.median(values), "max": max(values)}
             row[f"{key}_ratio"] = statistics.median(a / b for a, b in zip(values, base[key], strict=True))
         rows.append(row)
     return rows
@@ -100,7 +100,7 @@ def loopback(rounds: int, seconds: int) -> dict[str, float]:
     p50: list[float] = []
     with contextlib.ExitStack() as stack:
         routed = stack.enter_context(played_pod(1, name="bench-lo"))
-        plain = stack.enter_context(baselines.lab("lo", 1))
+        plain = stack.enter_context(lab("lo", 1))
         for _ in range(rounds):
             pair = []
             for netns in (routed.netns, plain.netns):
@@ -139,11 +139,13 @@ def main() -> None:
 
     with pod.open_router():
         pass  # loaded, so that what follows measures a warm host
-    rows = compare(1, rounds, seconds) + compare(3, max(2, rounds // 2), seconds)
+    with on_one_core():
+        rows = compare(1, rounds, seconds) + compare(3, max(2, rounds // 2), seconds)
     results["comparison"] = rows
     show_comparison(rows)
 
-    results["loopback"] = cost = loopback(rounds, seconds)
+    with on_one_core():
+        results["loopback"] = cost = loopback(rounds, seconds)
     good = cost["throughput_ratio"] >= 0.97 and cost["p50_ratio"] <= 1.03
     print(f"\nplain loopback with the router / without: throughput {cost['throughput_ratio']:.3f}, "
           f"p50 {cost['p50_ratio']:.3f}  {verdict(good)} (3 %)")  # fmt: skip

@@ -1,10 +1,15 @@
 """What the router is compared with, each in a pod-like namespace of its own without the router.
 
-DNAT          nftables rewrites 127.0.0.1 to the guest's address, conntrack takes it back
-proxy         socat copies between a socket on 127.0.0.1 and one to the guest
-clone-to-all  the known research method, small: every packet that leaves `lo` is cloned to every workload; no flow
-              is kept and no L4 check sum mended. It works because a veth's peer believes partial check sums.
-              IPv4 only, and every guest sees everybody's packets; so ours carries only the ports of the bench.
+bridge        topology.lab as it is: the client dials the guest's own address, nothing is translated
+DNAT          nftables rewrites 127.0.0.1 to the guest's address, conntrack takes it back. IPv4 only: the kernel has no
+              route_localnet for IPv6, a ::1 that was rewritten never arrives (tried: the connection times out).
+              From guest to container it would need a server that is not bound to loopback, or a second such rule.
+proxy         socat copies between a socket on the loopback address and one to the guest
+clone-to-all  the known research method, small: what leaves `lo` is cloned to every workload, what comes back goes into
+              `lo`; no flow is kept, no L4 check sum mended. Its limits here: TCP over IPv4, container to guest; only
+              the ports of the bench; and it works because a veth believes partial check sums (a guest's NIC without
+              checksum offload would drop every packet) while the refusals of the guests that do not serve the port
+              have full ones, which the copying breaks: so they are dropped, and a port that nobody serves hangs.
 """
 
 from __future__ import annotations
@@ -14,20 +19,31 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import net, state
-from launcher.model import AddressPlan
+from launcher import net
 from router import program
 
-PLAN = AddressPlan()
-NFT = """
-table inet bench {
-    chain out { type nat hook output priority -100; ip daddr 127.0.0.1 tcp dport 20000-29999 dnat ip to %s; }
-    chain post { type nat hook postrouting priority 100; ip saddr 127.0.0.1 oifname "ukbr0" masquerade; }
-}
+from .topology import FIRST_GUEST, PLAN, Lab, lab
+from .traffic import inside, serving
+
+PORTS = range(20000, 30000)
+PROXY_PORTS = {4: 30004, 6: 30006}
+PROXIED_PORT = 30001
+
+NFT = f"""
+table ip bench {{
+    chain out {{
+        type nat hook output priority -100;
+        ip daddr 127.0.0.1 tcp dport {PORTS.start}-{PORTS.stop - 1} dnat to {PLAN.guest_ipv4(FIRST_GUEST).ip};
+    }}
+    chain post {{
+        type nat hook postrouting priority 100;
+        ip saddr 127.0.0.1 oifname "{net.BRIDGE}" masquerade;
+    }}
+}}
 """
+
 CLONE_TO_ALL = """
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/pkt_cls.h>
@@ -48,7 +64,7 @@ static __always_inline int ours(struct __sk_buff *skb)
     if (bpf_skb_load_bytes(skb, 34, ports, 4))
         return 0;
     u16 port = __builtin_bswap16(ports[skb->ifindex == 1]);
-    return port >= 20000 && port < 30000;
+    return port >= FIRST_PORT && port < LAST_PORT;
 }
 int to_guests(struct __sk_buff *skb)
 {
@@ -80,93 +96,52 @@ int to_lo(struct __sk_buff *skb)
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lab:
-    """A namespace with a bridge and guests, played by namespaces; no router."""
-
-    netns: Path
-    guests: tuple[Path, ...]
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-@contextlib.contextmanager
-def lab(name: str, guests: int) -> Iterator[Lab]:
-    """Made of the same parts as a pod."""
-    with contextlib.ExitStack() as stack:
-
-        def namespace(suffix: str) -> Path:
-            path = state.NETNS_DIR / f"ukb-{os.getpid()}-{name}-{suffix}"
-            net.create_netns(path)
-            stack.callback(net.delete_netns, path)
-            return path
-
-        pod = namespace("pod")
-        net.make_bridge(pod, PLAN, name)
-        net.write_sysctls(pod, net.LOOPBACK_SYSCTLS)
-        played = []
-        for index in range(2, 2 + guests):
-            guest = namespace(str(index))
-            tap = f"uktap{index}"
-            ip("link", "add", tap, "netns", pod.name, "type", "veth", "peer", "name", "eth0", "netns", guest.name)
-            ip("-n", pod.name, "link", "set", tap, "master", net.BRIDGE, "up")
-            ip("-n", guest.name, "link", "set", "lo", "up")
-            ip("-n", guest.name, "link", "set", "eth0", "address", PLAN.guest_mac(index).hex(":"), "up")
-            ip("-n", guest.name, "addr", "add", str(PLAN.guest_ipv4(index)), "dev", "eth0")
-            ip("-n", guest.name, "addr", "add", str(PLAN.guest_ipv6(index)), "dev", "eth0", "nodad")
-            played.append(guest)
-        yield Lab(netns=pod, guests=tuple(played))
-
-
 @contextlib.contextmanager
 def dnat(guests: int) -> Iterator[Lab]:
     with lab("dnat", guests) as made:
         net.write_sysctls(made.netns, {"net/ipv4/conf/all/route_localnet": "1"})
-        rules = NFT % PLAN.guest_ipv4(2).ip
-        command = ["nsenter", f"--net={made.netns}", "nft", "-f", "-"]
-        subprocess.run(command, input=rules, text=True, check=True)
+        subprocess.run(inside(made.netns, "nft", "-f", "-"), input=NFT, text=True, check=True)
         yield made
 
 
 @contextlib.contextmanager
-def proxy(port: int, guest_port: int) -> Iterator[Lab]:
-    with lab("proxy", 1) as made:
-        listen = f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,nodelay"
-        connect = f"TCP:{PLAN.guest_ipv4(2).ip}:{guest_port},nodelay"
-        process = subprocess.Popen(
-            ["nsenter", f"--net={made.netns}", "socat", "-d", "-d", listen, connect], stderr=subprocess.PIPE, text=True
-        )
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if "listening" in line:
-                    break
-            yield made
-        finally:
-            process.terminate()
-            process.communicate()
+def proxy() -> Iterator[Lab]:
+    """A proxy on each of PROXY_PORTS, to the guest's PROXIED_PORT."""
+    with lab("proxy", 1) as made, contextlib.ExitStack() as stack:
+        guest = {4: f"TCP4:{PLAN.guest_ipv4(FIRST_GUEST).ip}", 6: f"TCP6:[{PLAN.guest_ipv6(FIRST_GUEST).ip}]"}
+        loopback = {4: "127.0.0.1", 6: "[::1]"}
+        for family, port in PROXY_PORTS.items():
+            listen = f"TCP{family}-LISTEN:{port},bind={loopback[family]},fork,reuseaddr,nodelay"
+            connect = f"{guest[family]}:{PROXIED_PORT},nodelay"
+            # Warnings and notices, of which one says that it listens; nobody reads what follows, and it is little.
+            command = inside(made.netns, "socat", "-d", "-d", listen, connect)
+            stack.enter_context(serving(command, "listening"))
+        yield made
 
 
 @contextlib.contextmanager
 def clone_to_all(guests: int) -> Iterator[Lab]:
     with lab("clone", guests) as made, tempfile.TemporaryDirectory() as tree:
+        indexes = net.link_indexes(made.netns)
+        names = [f"uktap{index}" for index in range(FIRST_GUEST, FIRST_GUEST + guests)]
+        text = CLONE_TO_ALL
+        for word, value in {
+            "TAPS": ",".join(str(indexes[name]) for name in names),
+            "BRIDGE": hex(int(PLAN.ipv4.ip)),
+            "FIRST_PORT": str(PORTS.start),
+            "LAST_PORT": str(PORTS.stop),
+        }.items():
+            text = text.replace(word, value)
         program.make_kernel_tree(Path(tree))
-        os.environ["BCC_KERNEL_SOURCE"] = tree
+        os.environ["BCC_KERNEL_SOURCE"] = tree  # read when bcc compiles; whoever compiles next sets its own
         import bcc
 
-        indexes = net.link_indexes(made.netns)
-        taps = ",".join(str(indexes[f"uktap{index}"]) for index in range(2, 2 + guests))
-        text = CLONE_TO_ALL.replace("TAPS", taps).replace("BRIDGE", hex(int(PLAN.ipv4.ip)))
-        module = bcc.BPF(text=text, cflags=["-Wno-macro-redefined"])
+        module = bcc.BPF(text=text, cflags=program.CFLAGS)
         try:
-            for link, hook, name in (
-                ("lo", "egress", "to_guests"),
-                *((f"uktap{n}", "ingress", "to_lo") for n in range(2, 2 + guests)),
-            ):
-                function = module.load_func(name, bcc.BPF.SCHED_CLS)
-                net.attach_program(made.netns, indexes[link], hook, function.fd)
+            hooks = [("lo", "egress", "to_guests"), *((name, "ingress", "to_lo") for name in names)]
+            for link, hook, function in hooks:
+                fd = module.load_func(function, bcc.BPF.SCHED_CLS).fd
+                net.attach_program(made.netns, indexes[link], hook, fd)
             yield made
         finally:
             module.cleanup()
