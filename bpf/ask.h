@@ -37,7 +37,7 @@ static inline int ask_one(struct hook *h, __u32 tap, struct guest *to)
 	struct flow *fwd = &h->scratch->fwd, *rev = &h->scratch->rev;
 	__u64 now = bpf_ktime_get_ns();
 
-	fill_forward(h, &h->scratch->asked, fwd, tap, to, now);
+	fill_forward(h, &h->scratch->asked, fwd, tap, to, spoken_family(to, h->scratch->asked.family), now);
 	fill_reverse(h, &h->scratch->asked, fwd, rev, now);
 	rev->role = FLOW_CANDIDATE;
 	/* Another flow to this guest has the port: any other will do. */
@@ -71,7 +71,7 @@ static inline void ask_next(struct hook *h)
 	h->scratch->next = slot + 1;
 	tap = h->pod->taps[slot];
 	g = find_guest(h->p->pod_id, tap);
-	if (!g || !is_seen(g, h->p->key.family) || !ask_one(h, tap, g))
+	if (!g || !spoken_family(g, h->scratch->asked.family) || !ask_one(h, tap, g))
 		return;
 	set_question_key(h);
 	question = bpf_map_lookup_elem(h->flows, &h->scratch->twin);
@@ -91,7 +91,7 @@ static inline int ask_all(struct hook *h)
 	*question = (struct flow){.asked = h->scratch->candidates, .created_ns = now, .last_ns = now};
 	set_question_key(h);
 	if (bpf_map_update_elem(h->flows, &h->scratch->twin, question, BPF_ANY))
-		return count_drop(h->p->pod_id, DROP_TABLE_FULL);
+		return count_drop(h->p, DROP_TABLE_FULL);
 	programs.call(h->skb, PROGRAM_ASK);
-	return count_drop(h->p->pod_id, DROP_TABLE_FULL); /* not reached: the program is loaded before this one */
+	return count_drop(h->p, DROP_TABLE_FULL); /* not reached: the program is loaded before this one */
 }

@@ -21,9 +21,9 @@
 #define PORT_COUNT 4536
 #define PORT_ATTEMPTS 4
 
+#define LO_MTU 65535 /* what it takes; it says 65536 */
+
 #define SECOND_NS 1000000000ULL
-/* A UDP flow that nobody has used for so long is decided anew, as conntrack forgets one (nf_conntrack_udp_timeout). */
-#define UDP_IDLE_NS (30 * SECOND_NS)
 /* So long a guest that was asked may take to answer before its place is given away. */
 #define ASK_NS (5 * SECOND_NS)
 
@@ -39,7 +39,7 @@ struct hook {
 static inline void reverse_key(struct flow_key *key, const struct flow_key *of, const struct flow *f)
 {
 	key->ifindex = f->ifindex;
-	key->family = of->family;
+	key->family = f->family;
 	key->proto = of->proto;
 	key->row = ROW_PACKETS;
 	key->saddr = f->daddr;
@@ -65,6 +65,28 @@ static inline struct addr *bridge_addr(struct pod *pod, __u8 family)
 	return family == 4 ? &pod->ipv4 : &pod->ipv6;
 }
 
+static inline struct addr *uplink_addr(struct pod *pod, __u8 family)
+{
+	return family == 4 ? &pod->uplink_ipv4 : &pod->uplink_ipv6;
+}
+
+static inline int is_from_outside(struct hook *h)
+{
+	return h->p->key.ifindex == h->pod->uplink;
+}
+
+/* In which family a guest is spoken to by those who speak `family`: in the same, or, for guests like OSv that have IPv4
+ * alone, in the other. 0: in neither. Until it has sent something from its address nobody is sent to a guest, so that
+ * whoever dials while it boots is refused at once. */
+static inline __u8 spoken_family(const struct guest *g, __u8 family)
+{
+	if (family == 4 ? g->seen_ipv4 : g->seen_ipv6)
+		return family;
+	if (family == 4 ? g->seen_ipv6 : g->seen_ipv4)
+		return family == 4 ? 6 : 4;
+	return 0;
+}
+
 /* --- sockets ---------------------------------------------------------------------------------------------------- */
 
 #define TCP_LISTEN 10 /* include/net/tcp_states.h */
@@ -72,14 +94,14 @@ static inline struct addr *bridge_addr(struct pod *pod, __u8 family)
 
 /* The state of the socket of the pod's own stack that this packet would reach; 0: there is none. A TCP source port of
  * 0 asks for listeners alone: no connection has it, while one in TIME_WAIT would hide its listener. */
-static inline __u32 find_socket(struct hook *h, const struct addr *saddr, __u16 sport, const struct addr *daddr,
-				__u16 dport)
+static inline __u32 find_socket(struct hook *h, __u8 family, const struct addr *saddr, __u16 sport,
+				const struct addr *daddr, __u16 dport)
 {
 	struct bpf_sock_tuple *t = &h->scratch->sockets;
 	struct bpf_sock *sk;
 	__u32 size, state;
 
-	if (h->p->key.family == 4) {
+	if (family == 4) {
 		t->ipv4.saddr = saddr->word[3];
 		t->ipv4.daddr = daddr->word[3];
 		t->ipv4.sport = sport;
@@ -124,12 +146,12 @@ static inline int port_is_taken(struct hook *h, struct flow *fwd)
 		return 1;
 	if (fwd->ifindex != LO_IFINDEX && key->proto == IPPROTO_UDP)
 		return 0; /* a socket that sends from this port to localhost and to the guest's address: it is one peer */
-	if (find_socket(h, &fwd->daddr, fwd->dport, &fwd->saddr, fwd->sport))
+	if (find_socket(h, fwd->family, &fwd->daddr, fwd->dport, &fwd->saddr, fwd->sport))
 		return 1;
 	if (fwd->ifindex != LO_IFINDEX || key->proto == IPPROTO_UDP)
 		return 0;
 	/* TIME_WAIT on the server's side, of an earlier connection that the table has forgotten */
-	state = find_socket(h, &fwd->saddr, fwd->sport, &fwd->daddr, fwd->dport);
+	state = find_socket(h, fwd->family, &fwd->saddr, fwd->sport, &fwd->daddr, fwd->dport);
 	return state && state != TCP_LISTEN;
 }
 
@@ -140,7 +162,8 @@ static inline int is_over(const struct flow *f, const struct flow *twin, __u8 pr
 	__u8 seen = f->seen | twin->seen;
 
 	if (proto == IPPROTO_UDP)
-		return seen & SEEN_RST || (now - f->last_ns > UDP_IDLE_NS && now - twin->last_ns > UDP_IDLE_NS);
+		return seen & SEEN_RST || (now - f->last_ns > f->idle_s * SECOND_NS &&
+					   now - twin->last_ns > f->idle_s * SECOND_NS);
 	return seen & SEEN_RST || (f->seen & twin->seen & SEEN_FIN);
 }
 
@@ -156,37 +179,46 @@ static inline void fill_reverse(struct hook *h, const struct flow_key *key, cons
 	rev->ifindex = key->ifindex;
 	rev->csum_diff = ~fwd->csum_diff;
 	rev->role = FLOW_REVERSE;
+	rev->family = key->family;
+	rev->idle_s = fwd->idle_s;
 	rev->created_ns = now;
 	rev->last_ns = now;
+	rev->mtu = LO_MTU;
 	if (h->self) {
 		__builtin_memcpy(rev->dmac, h->self->mac, ETH_ALEN);
 		__builtin_memcpy(rev->smac, h->pod->mac, ETH_ALEN);
 		rev->mtu = h->self->mtu;
-	} else {
-		rev->mtu = 65535; /* MACs stay zero, as `lo`'s own is */
-	}
+	} else if (is_from_outside(h)) {
+		/* Back to the neighbour that it came from, whose packet this one still is. */
+		bpf_skb_load_bytes(h->skb, ETH_ALEN, rev->dmac, ETH_ALEN);
+		bpf_skb_load_bytes(h->skb, 0, rev->smac, ETH_ALEN);
+	} /* else MACs stay zero, as `lo`'s own is */
 }
 
+/* `to`: the guest that serves; NULL: a container does. `family`: theirs. */
 static inline void fill_forward(struct hook *h, const struct flow_key *key, struct flow *fwd, __u32 ifindex,
-				struct guest *to, __u64 now)
+				struct guest *to, __u8 family, __u64 now)
 {
 	*fwd = (struct flow){};
+	fwd->family = family;
 	if (to) {
-		fwd->saddr = *bridge_addr(h->pod, key->family);
-		fwd->daddr = key->family == 4 ? to->ipv4 : to->ipv6;
+		/* Who comes from outside is shown as who it is, if the guest can speak to it. */
+		fwd->saddr = is_from_outside(h) && family == key->family ? key->saddr : *bridge_addr(h->pod, family);
+		fwd->daddr = family == 4 ? to->ipv4 : to->ipv6;
 		__builtin_memcpy(fwd->dmac, to->mac, ETH_ALEN);
 		__builtin_memcpy(fwd->smac, h->pod->mac, ETH_ALEN);
 		fwd->mtu = to->mtu;
 	} else {
-		set_loopback(&fwd->saddr, key->family);
+		set_loopback(&fwd->saddr, family);
 		fwd->daddr = fwd->saddr;
-		fwd->mtu = 65535;
+		fwd->mtu = LO_MTU;
 	}
 	fwd->sport = key->sport;
 	fwd->dport = key->dport;
 	fwd->ifindex = ifindex;
 	fwd->csum_diff = addrs_diff((struct addr *)&key->saddr, &fwd->saddr);
 	fwd->role = FLOW_FORWARD;
+	fwd->idle_s = h->pod->udp_idle_s;
 	fwd->created_ns = now;
 	fwd->last_ns = now;
 }
@@ -221,18 +253,19 @@ static inline void forget_flow(struct hook *h, struct flow *f)
 	bpf_map_delete_elem(h->flows, &h->p->key);
 }
 
-/* A new flow to a guest, or to a container (`to` is NULL). NULL: counted under *reason. */
-static inline struct flow *open_flow(struct hook *h, __u32 ifindex, struct guest *to, __u32 *reason)
+/* A new flow to a guest, or to a container (`to` is NULL). NULL: to be counted under *reason. */
+static inline struct flow *open_flow(struct hook *h, __u32 ifindex, struct guest *to, __u8 family, __u32 *reason)
 {
 	__u64 now = bpf_ktime_get_ns();
 	struct flow *fwd = &h->scratch->fwd, *rev = &h->scratch->rev;
 	__u32 first;
 	int i;
 
-	fill_forward(h, &h->p->key, fwd, ifindex, to, now);
+	fill_forward(h, &h->p->key, fwd, ifindex, to, family, now);
 	fill_reverse(h, &h->p->key, fwd, rev, now);
 	first = bpf_get_prandom_u32() % PORT_COUNT;
 	*reason = DROP_NO_PORT;
+#pragma nounroll
 	for (i = 0; i < PORT_ATTEMPTS; i++) {
 		/* A guest is shown the opener's own port if it is free; a container never: the port is another container's
 		 * to connect from. */

@@ -10,17 +10,23 @@
 
 #include "parse.h"
 
+#define ND_ROUTER_SOLICIT 133
 #define ND_ROUTER_ADVERT 134
 #define ND_SOLICIT 135
 #define ND_ADVERT 136
 #define ND_REDIRECT 137
 
-static inline int count_drop(__u32 pod_id, __u32 reason)
+/* Counted, and shown to whoever watches. */
+static inline int count_drop(struct packet *p, __u32 reason)
 {
-	struct counters *c = pod_counters.lookup(&pod_id);
+	struct counters *c = pod_counters.lookup(&p->pod_id);
+	void *ring = drops.lookup(&p->pod_id);
 
 	if (c && reason < DROP_SLOTS)
 		c->dropped[reason]++;
+	p->reason = reason;
+	if (ring)
+		bpf_ringbuf_output(ring, p, sizeof(*p), 0);
 	return TC_ACT_SHOT;
 }
 
@@ -92,6 +98,8 @@ static inline int check_nd(struct __sk_buff *skb, struct packet *p, struct guest
 
 	if (bpf_skb_load_bytes(skb, p->l4, &type, 1) < 0)
 		return DROP_MALFORMED;
+	if (p->fragment && type >= ND_ROUTER_SOLICIT && type <= ND_REDIRECT)
+		return DROP_SPOOFED_ND; /* RFC 6980: never fragmented but to hide */
 	if (type == ND_ROUTER_ADVERT || type == ND_REDIRECT)
 		return DROP_ROUTER_ND;
 	if (type != ND_ADVERT)
@@ -103,6 +111,40 @@ static inline int check_nd(struct __sk_buff *skb, struct packet *p, struct guest
 		return -1;
 	}
 	return is_link_local(&target) ? -1 : DROP_SPOOFED_ND;
+}
+
+#define EXTENSIONS_MAX 6 /* five, as RFC 8200, 4.1, recommends, and what they lead to */
+
+/* Neighbour discovery has no use for extension headers, while a kernel reads it behind any number of them. */
+static inline int check_extensions(struct __sk_buff *skb, struct packet *p)
+{
+	struct {
+		__u8 next, length;
+	} header;
+	__u8 next = p->key.proto, type;
+	__u32 at = p->l4;
+	int i;
+
+#pragma nounroll
+	for (i = 0; i < EXTENSIONS_MAX; i++) {
+		if (next == IPPROTO_ICMPV6) {
+			if (bpf_skb_load_bytes(skb, at, &type, 1) < 0)
+				return DROP_MALFORMED;
+			return type >= ND_ROUTER_SOLICIT && type <= ND_REDIRECT ? DROP_SPOOFED_ND : -1;
+		}
+		if (!is_extension(next))
+			return -1;
+		if (bpf_skb_load_bytes(skb, at, &header, sizeof(header)) < 0)
+			return DROP_MALFORMED;
+		if (next == IPPROTO_FRAGMENT)
+			at += 8;
+		else if (next == IPPROTO_AH)
+			at += (header.length + 2) * 4;
+		else
+			at += (header.length + 1) * 8;
+		next = header.next;
+	}
+	return DROP_EXTENSION;
 }
 
 static inline int check_ipv6(struct __sk_buff *skb, struct packet *p, struct guest *g)
@@ -117,7 +159,9 @@ static inline int check_ipv6(struct __sk_buff *skb, struct packet *p, struct gue
 		return DROP_MARTIAN;
 	if (own)
 		g->seen_ipv6 = 1;
-	return p->kind == KIND_ICMP ? check_nd(skb, p, g) : -1;
+	if (p->kind == KIND_EXTENSION)
+		return check_extensions(skb, p);
+	return p->key.proto == IPPROTO_ICMPV6 && !LATER_FRAGMENT(p) ? check_nd(skb, p, g) : -1;
 }
 
 static inline int check_guest(struct __sk_buff *skb, struct packet *p, struct guest *g)

@@ -5,7 +5,7 @@
  * Theory of Operation
  * ===================
  *
- * One program serves every pod of the host, at two hooks, attached by clsact and cls_bpf in direct-action mode. The
+ * One program serves every pod of the host, at three hooks, attached by clsact and cls_bpf in direct-action mode. The
  * filter's class id is the pod's id.
  *
  *      pod's network namespace
@@ -77,9 +77,9 @@ static inline void note_segment(struct packet *p, struct flow *f)
 		return;
 	if (f->role == FLOW_REVERSE && !(f->seen & SEEN_ANSWER) && p->key.ifindex != LO_IFINDEX) {
 		if (p->tcp_flags & TCP_RST)
-			forget_owner(p);
+			forget_owner(p, f);
 		else
-			learn_owner(p);
+			learn_owner(p, f);
 	}
 	if (p->tcp_flags & TCP_SYN)
 		f->seen |= SEEN_ANSWER;
@@ -95,13 +95,21 @@ static inline void note_datagram(struct packet *p, struct flow *f)
 		return;
 	f->seen |= SEEN_ANSWER;
 	if (f->role == FLOW_REVERSE && p->key.ifindex != LO_IFINDEX)
-		learn_owner(p);
+		learn_owner(p, f);
+}
+
+static inline int fits(struct __sk_buff *skb, struct packet *p, struct flow *f)
+{
+	__u32 length = skb->len - L3;
+
+	if (f->family != p->key.family)
+		length += f->family == 6 ? sizeof(struct ipv6hdr) - sizeof(struct iphdr) :
+					   sizeof(struct iphdr) - sizeof(struct ipv6hdr);
+	return length <= f->mtu || skb->gso_size;
 }
 
 static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
-	if (skb->len - L3 > f->mtu && !skb->gso_size)
-		return too_big(skb, p);
 	if (p->key.proto == IPPROTO_TCP)
 		note_segment(p, f);
 	else
@@ -110,7 +118,7 @@ static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *
 	f->packets++;
 	f->bytes += skb->len;
 	if (rewrite(skb, p, f))
-		return count_drop(p->pod_id, DROP_REWRITE_FAILED);
+		return count_drop(p, DROP_REWRITE_FAILED);
 	return redirect(p->pod_id, f);
 }
 
@@ -122,16 +130,25 @@ static inline int is_opening(struct packet *p)
 /* Does the entry tell what to do with the packet, or is it to be decided anew? */
 static inline int is_settled(struct packet *p, struct flow *f)
 {
+	if (f->role == FLOW_CANDIDATE)
+		return 0;
 	if (p->key.proto == IPPROTO_TCP)
 		return !is_opening(p);
-	return f->role != FLOW_FORWARD || (!(f->seen & SEEN_RST) && bpf_ktime_get_ns() - f->last_ns < UDP_IDLE_NS);
+	return f->role != FLOW_FORWARD ||
+	       (!(f->seen & SEEN_RST) && bpf_ktime_get_ns() - f->last_ns < f->idle_s * SECOND_NS);
 }
+
+/* --- the long way: what the table does not settle ---------------------------------------------------------------- */
 
 static inline int is_localhost(struct hook *h)
 {
 	struct addr *to = &h->p->key.daddr;
 	struct addr loopback;
 
+	if (h->pod->uplink && same_addr(to, uplink_addr(h->pod, h->p->key.family)))
+		return 1;
+	if (is_from_outside(h))
+		return 0;
 	set_loopback(&loopback, h->p->key.family);
 	if (same_addr(to, bridge_addr(h->pod, h->p->key.family)))
 		return 1;
@@ -141,23 +158,43 @@ static inline int is_localhost(struct hook *h)
 /* PASS: leave it to the pod's own stack */
 #define DECIDED_PASS 0
 
-/* Where does a new flow go? LO_IFINDEX, a TAP's ifindex, or DECIDED_PASS; 0 with scratch->candidates: ask them. */
-static inline __u32 decide(struct hook *h)
+/* Is there a container's socket on the loopback address for a guest that dials the bridge's? */
+static inline int is_bound_to_loopback(struct hook *h, __u8 family)
+{
+	struct addr loopback;
+
+	set_loopback(&loopback, family);
+	return find_socket(h, family, &loopback, 0, &loopback, h->p->key.dport);
+}
+
+/* Where does a new flow go? LO_IFINDEX, a TAP's ifindex, or DECIDED_PASS; 0 with scratch->candidates: ask them. *family:
+ * that of who serves. */
+static inline __u32 decide_server(struct hook *h, __u8 *family)
 {
 	struct packet *p = h->p;
-	struct addr loopback;
+	struct guest *to;
 	__u16 sport = p->key.proto == IPPROTO_TCP ? 0 : p->key.sport;
+	__u8 other = p->key.family == 4 ? 6 : 4;
+	int by_bridge = h->self && same_addr(&p->key.daddr, bridge_addr(h->pod, p->key.family));
+	__u32 ifindex;
 
 	h->scratch->candidates = 0;
 	h->scratch->candidate = 0;
-	if (h->self) {
-		set_loopback(&loopback, p->key.family);
-		if (find_socket(h, &loopback, 0, &loopback, p->key.dport))
-			return LO_IFINDEX;
-	}
-	if (find_socket(h, &p->key.saddr, sport, &p->key.daddr, p->key.dport))
+	*family = p->key.family;
+	if (by_bridge && is_bound_to_loopback(h, p->key.family))
+		return LO_IFINDEX;
+	if (find_socket(h, p->key.family, &p->key.saddr, sport, &p->key.daddr, p->key.dport))
 		return DECIDED_PASS;
-	return find_server(h);
+	/* A guest that speaks one IP version alone also reaches a server that listens on the other's loopback address. */
+	if (by_bridge && spoken_family(h->self, other) != other && is_bound_to_loopback(h, other)) {
+		*family = other;
+		return LO_IFINDEX;
+	}
+	ifindex = find_server(h);
+	to = ifindex ? find_guest(p->pod_id, ifindex) : NULL;
+	if (to)
+		*family = spoken_family(to, p->key.family);
+	return ifindex;
 }
 
 static inline void note_served(__u16 port)
@@ -176,16 +213,17 @@ static inline struct flow *open(struct hook *h, struct flow *old, int *verdict)
 	struct packet *p = h->p;
 	struct guest *to = NULL;
 	__u32 ifindex, reason;
+	__u8 family;
 
 	*verdict = TC_ACT_UNSPEC;
-	ifindex = decide(h);
-	if (old && old->role == FLOW_FORWARD && ifindex && old->ifindex == ifindex) {
+	ifindex = decide_server(h, &family);
+	if (old && old->role == FLOW_FORWARD && ifindex && old->ifindex == ifindex && old->family == family) {
 		old->seen = 0;
 		return old;
 	}
 	if (old)
 		forget_flow(h, old);
-	if (!h->self && (ifindex || h->scratch->candidates))
+	if (p->key.ifindex == LO_IFINDEX && (ifindex || h->scratch->candidates))
 		note_served(p->key.dport);
 	if (h->scratch->candidates) {
 		*verdict = ask_all(h);
@@ -198,94 +236,117 @@ static inline struct flow *open(struct hook *h, struct flow *old, int *verdict)
 		if (!to)
 			return NULL;
 	}
-	old = open_flow(h, ifindex, to, &reason);
+	old = open_flow(h, ifindex, to, family, &reason);
 	if (!old)
-		*verdict = count_drop(p->pod_id, reason);
+		*verdict = count_drop(p, reason);
 	return old;
 }
 
-/* A packet without an entry that says what to do: the entry to send it along, or NULL and a verdict. */
-static inline struct flow *consider(struct hook *h, struct flow *f, int *verdict)
+/* May the packet be changed into the flow's IP version? A drop reason, or -1. */
+static inline int check_translation(struct hook *h, struct flow *f)
 {
 	struct packet *p = h->p;
-	int zero = 0;
+	__u16 csum;
 
-	*verdict = p->key.ifindex == LO_IFINDEX ? TC_ACT_UNSPEC : TC_ACT_SHOT;
-	h->pod = pods.lookup(&p->pod_id);
-	h->scratch = scratch.lookup(&zero);
-	if (!h->pod || !h->scratch)
-		return NULL;
-	if (f && f->role == FLOW_CANDIDATE) {
-		*verdict = from_candidate(h, f);
-		return *verdict == SEND_ALONG ? f : NULL;
-	}
-	if (p->key.ifindex != LO_IFINDEX) {
-		h->self = find_guest(p->pod_id, p->key.ifindex);
-		*verdict = h->self ? check_guest(h->skb, p, h->self) : DROP_UNKNOWN_GUEST;
-		if (*verdict >= 0) {
-			*verdict = count_drop(p->pod_id, *verdict);
-			return NULL;
-		}
-	}
-	*verdict = TC_ACT_UNSPEC;
-	if (p->kind == KIND_FLOW && is_opening(p) && is_localhost(h)) {
-		f = open(h, f, verdict);
-		if (f)
-			return f;
-	} else if (p->kind == KIND_ICMP) {
-		*verdict = forward_error(h);
-	} else if (p->kind == KIND_FRAGMENT && is_localhost(h)) {
-		*verdict = count_drop(p->pod_id, DROP_FRAGMENT);
-	} else if (p->kind == KIND_EXTENSION && is_localhost(h)) {
-		*verdict = count_drop(p->pod_id, DROP_EXTENSION);
-	}
-	if (*verdict == TC_ACT_UNSPEC && p->key.ifindex != LO_IFINDEX)
-		count_passed(p->pod_id);
-	return NULL;
+	if (f->family == p->key.family)
+		return -1;
+	if (p->fragment)
+		return DROP_FRAGMENT;
+	if (p->l4 != L3 + (p->key.family == 4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr)))
+		return DROP_EXTENSION;
+	if (p->key.proto == IPPROTO_UDP && f->family == 6 &&
+	    (bpf_skb_load_bytes(h->skb, p->csum, &csum, sizeof(csum)) < 0 || !csum))
+		return DROP_NO_CHECKSUM;
+	return -1;
 }
 
-/* The shortest way out, for what is most of the traffic on `lo` and none of ours. It costs parsing and one byte. */
-static inline int is_among_containers(struct packet *p)
+/* A packet with an entry, fragments and all. */
+static inline int forward_carefully(struct hook *h, struct flow *f)
 {
-	struct served_ports *served;
-	int zero = 0;
+	struct packet *p = h->p;
+	int reason = check_translation(h, f), verdict;
 
-	if (p->kind != KIND_FLOW)
-		return p->kind != KIND_ICMP;
-	if (is_opening(p) || be16(p->key.dport) >= PORT_MIN)
-		return 0;
-	served = served_ports.lookup(&zero);
-	return served && !served->port[p->key.dport];
+	if (reason >= 0)
+		return count_drop(p, reason);
+	if (!fits(h->skb, p, f))
+		return too_big(h, f);
+	if (p->fragment && remember_fragments(h, f))
+		return count_drop(p, DROP_TABLE_FULL);
+	verdict = forward(h->skb, p, f);
+	if (p->fragment && store_identification(h->skb, p, h->scratch->fragments_id))
+		return count_drop(p, DROP_REWRITE_FAILED);
+	return verdict;
 }
 
-int localhost(struct __sk_buff *skb)
+/* A packet that no entry is for: a verdict, or SEND_ALONG the one that *f now is. */
+static inline int consider(struct hook *h, struct flow **f)
 {
-	struct packet p = {};
+	struct packet *p = h->p;
+	int verdict = TC_ACT_UNSPEC;
+
+	if (p->kind == KIND_ICMP)
+		return forward_error(h);
+	if (!is_localhost(h))
+		return TC_ACT_UNSPEC;
+	if (p->kind == KIND_FRAGMENT) {
+		if (p->key.proto != IPPROTO_TCP && p->key.proto != IPPROTO_UDP)
+			return TC_ACT_UNSPEC;
+		return forward_fragment(h);
+	}
+	if (p->kind == KIND_EXTENSION)
+		return count_drop(p, DROP_EXTENSION);
+	if (p->kind != KIND_FLOW || !is_opening(p))
+		return TC_ACT_UNSPEC;
+	*f = open(h, *f, &verdict);
+	if (*f)
+		return SEND_ALONG;
+	if (verdict == TC_ACT_UNSPEC && p->fragment)
+		remember_fragments(h, NULL);
+	return verdict;
+}
+
+/* Reached by a tail call only: see PROGRAM_DECIDE. */
+int decide(struct __sk_buff *skb)
+{
+	struct packet p;
 	struct hook h = {.skb = skb, .p = &p};
 	struct flow *f = NULL;
-	int verdict;
+	int zero = 0, verdict, reason;
 
-	p.key.ifindex = skb->ifindex;
-	parse(skb, &p);
-	if (p.key.ifindex == LO_IFINDEX && is_among_containers(&p))
-		return TC_ACT_UNSPEC;
-	p.pod_id = POD_ID(skb);
+	h.scratch = scratch.lookup(&zero);
+	if (!h.scratch)
+		return TC_ACT_SHOT;
+	p = h.scratch->packet;
 	h.flows = flows.lookup(&p.pod_id);
-	if (!h.flows)
+	h.pod = pods.lookup(&p.pod_id);
+	if (!h.flows || !h.pod) /* the pod is going away */
 		return p.key.ifindex == LO_IFINDEX ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	if (p.key.ifindex != LO_IFINDEX && !is_from_outside(&h)) {
+		h.self = find_guest(p.pod_id, p.key.ifindex);
+		if (!h.self)
+			return count_drop(&p, DROP_UNKNOWN_GUEST);
+	}
 	if (p.kind == KIND_FLOW && !skb->vlan_present)
 		f = bpf_map_lookup_elem(h.flows, &p.key);
-	if (!f && p.key.ifindex == LO_IFINDEX && p.kind == KIND_FLOW && !is_opening(&p))
-		return TC_ACT_UNSPEC;
-	if (!f || f->role == FLOW_CANDIDATE || !is_settled(&p, f)) {
-		f = consider(&h, f, &verdict);
-		if (!f)
-			return verdict;
+	verdict = SEND_ALONG;
+	if (f && f->role == FLOW_CANDIDATE) {
+		verdict = from_candidate(&h, f);
+	} else if (!f || !is_settled(&p, f)) {
+		if (h.self) {
+			reason = check_guest(skb, &p, h.self);
+			if (reason >= 0)
+				return count_drop(&p, reason);
+		}
+		verdict = consider(&h, &f);
 	}
-	return forward(skb, &p, f);
+	if (verdict == SEND_ALONG && f)
+		return forward_carefully(&h, f);
+	if (verdict == TC_ACT_UNSPEC && h.self)
+		count_passed(p.pod_id);
+	return verdict;
 }
 
-/* Reached by a tail call only. */
+/* Reached by a tail call only: see ask.h. */
 int ask(struct __sk_buff *skb)
 {
 	struct packet p;
@@ -300,7 +361,7 @@ int ask(struct __sk_buff *skb)
 	h.pod = pods.lookup(&p.pod_id);
 	if (!h.flows || !h.pod)
 		return TC_ACT_SHOT;
-	if (p.key.ifindex != LO_IFINDEX) {
+	if (p.key.ifindex != LO_IFINDEX && !is_from_outside(&h)) {
 		h.self = find_guest(p.pod_id, p.key.ifindex);
 		if (!h.self)
 			return TC_ACT_SHOT;
@@ -312,4 +373,52 @@ int ask(struct __sk_buff *skb)
 		programs.call(skb, PROGRAM_ASK);
 	}
 	return TC_ACT_STOLEN; /* a drop on `lo` would be the sender's congestion: net/ipv4/tcp_output.c, tcp_enter_cwr */
+}
+
+/* --- the short way: what is attached ----------------------------------------------------------------------------- */
+
+/* The shortest way out, for what is most of the traffic on `lo` and none of ours. It costs parsing and one byte. */
+static inline int is_among_containers(struct packet *p)
+{
+	struct served_ports *served;
+	int zero = 0;
+
+	if (p->kind != KIND_FLOW)
+		return p->kind != KIND_ICMP && p->kind != KIND_FRAGMENT;
+	if (is_opening(p) || be16(p->key.dport) >= PORT_MIN)
+		return 0;
+	served = served_ports.lookup(&zero);
+	return served && !served->port[p->key.dport];
+}
+
+int localhost(struct __sk_buff *skb)
+{
+	struct packet p = {};
+	struct scratch *s;
+	struct flow *f = NULL;
+	void *table;
+	int zero = 0, on_lo;
+
+	p.key.ifindex = skb->ifindex;
+	on_lo = p.key.ifindex == LO_IFINDEX;
+	parse(skb, &p);
+	if (on_lo && is_among_containers(&p))
+		return TC_ACT_UNSPEC;
+	p.pod_id = POD_ID(skb);
+	table = flows.lookup(&p.pod_id);
+	if (!table)
+		return on_lo ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	if (p.kind == KIND_FLOW && !p.fragment && !skb->vlan_present) {
+		f = bpf_map_lookup_elem(table, &p.key);
+		if (f && f->family == p.key.family && is_settled(&p, f) && fits(skb, &p, f))
+			return forward(skb, &p, f);
+		if (!f && on_lo && !is_opening(&p))
+			return TC_ACT_UNSPEC;
+	}
+	s = scratch.lookup(&zero);
+	if (!s)
+		return TC_ACT_SHOT;
+	s->packet = p;
+	programs.call(skb, PROGRAM_DECIDE);
+	return TC_ACT_SHOT; /* not reached: the program is loaded before this one */
 }

@@ -32,9 +32,18 @@ struct pod {
 	__u32 ifindex; /* of the bridge */
 	__u8 mac[6];
 	__u16 guest_count;
+	/* The pod's own addresses to the outside, and the link that has them; 0 and :: where there is none. */
+	struct addr uplink_ipv4;
+	struct addr uplink_ipv6;
+	__u32 uplink;
+	/* What is unused for so long is forgotten. UDP flows are decided anew by the program; of TCP's the table is swept by
+	 * whoever looks into it (router/tables.py), and the oldest go when it is full. */
+	__u32 udp_idle_s;
+	__u32 tcp_idle_s;
+	__u32 tcp_closed_s; /* a connection that is closed, or was never answered */
 	__u32 taps[GUESTS_PER_POD]; /* ifindex of each guest's TAP; the first guest_count are valid */
 };
-_Static_assert(sizeof(struct pod) == 44 + 4 * GUESTS_PER_POD, "pod");
+_Static_assert(sizeof(struct pod) == 92 + 4 * GUESTS_PER_POD, "pod");
 
 BPF_F_TABLE("hash", __u32, struct pod, pods, PODS_MAX, BPF_F_NO_PREALLOC);
 
@@ -99,7 +108,7 @@ _Static_assert(sizeof(struct flow_key) == 44, "flow_key");
 enum {
 	ROW_PACKETS,
 	ROW_ASKED,    /* a question put to several guests: how many were asked, how many refused */
-	ROW_FRAGMENTS /* sport = the IP identification: where a datagram's further fragments go */
+	ROW_FRAGMENTS /* sport, dport = the IP identification: where a datagram's further fragments go */
 };
 
 enum {
@@ -127,16 +136,19 @@ struct flow {
 	__u32 mtu;      /* of where it goes */
 	__u8 role;      /* FLOW_* */
 	__u8 seen;      /* SEEN_* */
-	__u8 pad[2];
-	__u32 asked;   /* ROW_ASKED only */
-	__u32 refused; /* likewise; atomic */
+	__u8 family;    /* of what the packet becomes: another than it was, for a guest that speaks one alone */
+	__u8 pad;
+	__u32 asked;   /* ROW_ASKED only; ROW_FRAGMENTS: the identification that the fragments get */
+	__u32 refused; /* ROW_ASKED only; atomic */
+	__u32 idle_s;  /* UDP: after so long it is decided anew */
+	__u32 pad2;
 	/* Plain adds: a flow's direction is one queue, and a count lost in a race is worth less than a locked add. */
 	__u64 created_ns; /* CLOCK_MONOTONIC */
 	__u64 last_ns;
 	__u64 packets;
 	__u64 bytes;
 };
-_Static_assert(sizeof(struct flow) == 104, "flow");
+_Static_assert(sizeof(struct flow) == 112, "flow");
 
 /* Pod id -> that pod's flows: an LRU each, so that one pod's load never evicts another's. router/tables.py makes the
  * inner maps; this one only tells the kernel and bcc what they look like. */
@@ -172,21 +184,30 @@ _Static_assert(sizeof(struct counters) == 8 * (DROP_SLOTS + 2), "counters");
 
 BPF_F_TABLE("percpu_hash", __u32, struct counters, pod_counters, PODS_MAX, BPF_F_NO_PREALLOC);
 
+/* --- what is dropped -------------------------------------------------------------------------------------------- */
+
+/* Pod id -> a ring for whoever watches that pod's drops (`uklaunch drops -f`): it is there while somebody does, and each
+ * dropped packet's `struct packet` goes into it. One that does not fit is lost: the counters count it all the same. */
+BPF_RINGBUF_OUTPUT(drops_template, 1);
+BPF_HASH_OF_MAPS(drops, __u32, "drops_template", PODS_MAX);
+
 /* --- scratch ---------------------------------------------------------------------------------------------------- */
 
-/* What the parser says of a packet (parse.h). */
+/* What the parser says of a packet (parse.h); of a dropped one, also what those see who watch. */
 struct packet {
 	struct flow_key key;
 	__u32 pod_id;
 	__u32 l4;        /* offset of the TCP, UDP or ICMP header */
 	__u32 csum;      /* offset of the TCP or UDP checksum */
+	__u32 ip_id;     /* of a fragment: its identification; network order */
 	__u16 ethertype; /* network order */
 	__u16 ip_csum;   /* IPv4's, as it stands in the header */
-	__u16 ip_id;     /* likewise; network order */
-	__u16 fragment;  /* host order: MF and offset */
 	__u8 kind;       /* KIND_* */
+	__u8 fragment;   /* FRAGMENT_* */
 	__u8 tcp_flags;
+	__u8 reason;     /* DROP_*, once dropped */
 };
+_Static_assert(sizeof(struct packet) == 68, "packet");
 
 /* Entries under construction: the stack's 512 bytes do not hold them. And what a loop computes: to the verifier, memory
  * in a map has no known value, so that it sees the states of a loop's end as one and not as one per way through it.
@@ -203,6 +224,7 @@ struct scratch {
 	__u32 candidate;  /* the TAP of one of them */
 	struct packet packet; /* for the program that a tail call leads to */
 	__u32 next;           /* which of the pod's guests it is to ask */
+	__u32 fragments_id;   /* what the fragments of the datagram in hand are marked with */
 	__u8 bytes[96];       /* headers being read or built; the largest: IPv6, ICMPv6, IPv6, UDP */
 };
 
@@ -211,6 +233,7 @@ BPF_PERCPU_ARRAY(scratch, struct scratch, 1);
 /* --- programs --------------------------------------------------------------------------------------------------- */
 
 enum {
+	PROGRAM_DECIDE,
 	PROGRAM_ASK,
 	PROGRAMS
 };

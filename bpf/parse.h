@@ -32,14 +32,28 @@
 
 #define IPV4_MF_OR_OFFSET 0x3fff
 #define IPV4_OFFSET 0x1fff
+#define IPV6_OFFSET 0xfff8
+#define LATER_FRAGMENT(p) ((p)->fragment == FRAGMENT_LATER)
 
 enum {
 	KIND_OTHER,     /* not IP, or IP that carries none of the below: ports are zero */
-	KIND_FLOW,      /* TCP or UDP, with ports */
+	KIND_FLOW,      /* TCP or UDP, with ports; a datagram's first fragment too */
 	KIND_ICMP,      /* of the family's own kind */
-	KIND_FRAGMENT,  /* IPv4; addresses are set */
-	KIND_EXTENSION, /* IPv6 with an extension header; likewise */
+	KIND_FRAGMENT,  /* any further fragment, or one of another protocol; addresses are set */
+	KIND_EXTENSION, /* IPv6 with an extension header that is not the fragment header alone; likewise */
 	KIND_MALFORMED
+};
+
+enum {
+	FRAGMENT_NONE,
+	FRAGMENT_FIRST,
+	FRAGMENT_LATER
+};
+
+struct ipv6_fragment { /* RFC 8200, 4.5 */
+	__u8 next, reserved;
+	__u16 offset;
+	__u32 id;
 };
 
 static inline void set_ipv4(struct addr *a, __u32 ipv4)
@@ -69,11 +83,20 @@ static inline int is_extension(__u8 next_header)
 	       next_header == 139 /* HIP */ || next_header == 140 /* shim6 */;
 }
 
-/* Ports and TCP flags at p->l4. Returns the packet's kind. */
-static inline __u8 parse_ports(struct __sk_buff *skb, struct packet *p, void *l4)
+/* What is at p->l4: ports and TCP flags. Returns the packet's kind. */
+static inline __u8 parse_l4(struct __sk_buff *skb, struct packet *p, void *l4)
 {
 	void *end = (void *)(long)skb->data_end;
 
+	if (LATER_FRAGMENT(p))
+		return KIND_FRAGMENT;
+	if (p->key.proto != IPPROTO_TCP && p->key.proto != IPPROTO_UDP) {
+		if (p->fragment)
+			return KIND_FRAGMENT;
+		if (p->key.proto == (p->key.family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+			return KIND_ICMP;
+		return p->key.family == 6 && is_extension(p->key.proto) ? KIND_EXTENSION : KIND_OTHER;
+	}
 	/* One bound for both protocols would turn away an empty UDP datagram: 8 bytes of UDP, 14 of TCP up to its flags. */
 	if (l4 + 8 > end)
 		return KIND_MALFORMED;
@@ -106,25 +129,17 @@ static inline __u8 parse_ipv4(struct __sk_buff *skb, struct packet *p, void *dat
 	set_ipv4(&p->key.saddr, ip->saddr);
 	set_ipv4(&p->key.daddr, ip->daddr);
 	p->l4 = L3 + length;
-	p->fragment = be16(ip->frag_off) & IPV4_MF_OR_OFFSET;
-	if (p->fragment) {
+	if (ip->frag_off & be16(IPV4_MF_OR_OFFSET)) {
 		p->ip_id = ip->id;
-		if (p->fragment & IPV4_OFFSET)
-			return KIND_FRAGMENT;
+		p->fragment = ip->frag_off & be16(IPV4_OFFSET) ? FRAGMENT_LATER : FRAGMENT_FIRST;
 	}
-	if (p->key.proto == IPPROTO_TCP || p->key.proto == IPPROTO_UDP) {
-		__u8 kind = parse_ports(skb, p, data + L3 + length);
-
-		return p->fragment && kind == KIND_FLOW ? KIND_FRAGMENT : kind;
-	}
-	if (p->fragment)
-		return KIND_FRAGMENT;
-	return p->key.proto == IPPROTO_ICMP ? KIND_ICMP : KIND_OTHER;
+	return parse_l4(skb, p, data + L3 + length);
 }
 
 static inline __u8 parse_ipv6(struct __sk_buff *skb, struct packet *p, void *data)
 {
 	struct ipv6hdr *ip = data + L3;
+	struct ipv6_fragment *fragment = data + L3 + sizeof(*ip);
 
 	if (data + L3 + sizeof(*ip) > (void *)(long)skb->data_end || ip->version != 6)
 		return KIND_MALFORMED;
@@ -132,11 +147,15 @@ static inline __u8 parse_ipv6(struct __sk_buff *skb, struct packet *p, void *dat
 	p->key.proto = ip->nexthdr;
 	__builtin_memcpy(&p->key.saddr, &ip->saddr, 2 * sizeof(struct addr));
 	p->l4 = L3 + sizeof(*ip);
-	if (p->key.proto == IPPROTO_TCP || p->key.proto == IPPROTO_UDP)
-		return parse_ports(skb, p, data + L3 + sizeof(*ip));
-	if (p->key.proto == IPPROTO_ICMPV6)
-		return KIND_ICMP;
-	return is_extension(p->key.proto) ? KIND_EXTENSION : KIND_OTHER;
+	if (p->key.proto != IPPROTO_FRAGMENT)
+		return parse_l4(skb, p, data + L3 + sizeof(*ip));
+	if (data + L3 + sizeof(*ip) + sizeof(*fragment) > (void *)(long)skb->data_end)
+		return KIND_MALFORMED;
+	p->key.proto = fragment->next;
+	p->ip_id = fragment->id;
+	p->fragment = fragment->offset & be16(IPV6_OFFSET) ? FRAGMENT_LATER : FRAGMENT_FIRST;
+	p->l4 += sizeof(*fragment);
+	return parse_l4(skb, p, data + L3 + sizeof(*ip) + sizeof(*fragment));
 }
 
 static inline void parse_linear(struct __sk_buff *skb, struct packet *p)

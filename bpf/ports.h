@@ -18,11 +18,6 @@
 
 #include "flows.h"
 
-static inline int is_seen(const struct guest *g, __u8 family)
-{
-	return family == 4 ? g->seen_ipv4 : g->seen_ipv6;
-}
-
 static inline struct guest *find_guest(__u32 pod_id, __u32 ifindex)
 {
 	struct guest_key key = {.pod = pod_id, .ifindex = ifindex};
@@ -30,12 +25,13 @@ static inline struct guest *find_guest(__u32 pod_id, __u32 ifindex)
 	return guests.lookup(&key);
 }
 
-static inline void set_port_key(struct port_key *key, __u32 pod_id, const struct flow_key *flow, __u16 port)
+/* `family` is the callers': a guest may serve them in the other one. */
+static inline void set_port_key(struct port_key *key, const struct packet *p, __u8 family, __u16 port)
 {
-	key->pod = pod_id;
+	key->pod = p->pod_id;
 	key->port = port;
-	key->family = flow->family;
-	key->proto = flow->proto;
+	key->family = family;
+	key->proto = p->key.proto;
 }
 
 /* The TAP of the guest that serves the packet's port, or 0: nobody does, or scratch->candidates are to be asked. */
@@ -48,20 +44,21 @@ static inline __u32 find_server(struct hook *h)
 	struct guest *g;
 	int i;
 
-	set_port_key(&key, p->pod_id, &p->key, p->key.dport);
+	set_port_key(&key, p, p->key.family, p->key.dport);
 	owner = ports.lookup(&key);
 	if (owner) {
 		g = find_guest(p->pod_id, owner->ifindex);
-		if (g && is_seen(g, p->key.family))
+		if (g && spoken_family(g, p->key.family))
 			return owner->ifindex;
 		if (owner->declared)
 			return 0;
 	}
+#pragma nounroll
 	for (i = 0; i < GUESTS_PER_POD; i++) {
 		if (i >= h->pod->guest_count)
 			break;
 		g = find_guest(p->pod_id, h->pod->taps[i]);
-		if (g && is_seen(g, p->key.family)) {
+		if (g && spoken_family(g, p->key.family)) {
 			s->candidate = h->pod->taps[i];
 			s->candidates++;
 		}
@@ -72,23 +69,23 @@ static inline __u32 find_server(struct hook *h)
 	return s->candidate;
 }
 
-/* A guest has answered for the port: it owns it, unless somebody does already. */
-static inline void learn_owner(const struct packet *p)
+/* A guest has answered for the port: it owns it, unless somebody does already. `f`: the entry of its answers. */
+static inline void learn_owner(const struct packet *p, const struct flow *f)
 {
 	struct port_owner owner = {.ifindex = p->key.ifindex};
 	struct port_key key = {};
 
-	set_port_key(&key, p->pod_id, &p->key, p->key.sport);
+	set_port_key(&key, p, f->family, p->key.sport);
 	ports.insert(&key, &owner);
 }
 
 /* The owner has refused: the next caller asks everybody again. */
-static inline void forget_owner(const struct packet *p)
+static inline void forget_owner(const struct packet *p, const struct flow *f)
 {
 	struct port_owner *owner;
 	struct port_key key = {};
 
-	set_port_key(&key, p->pod_id, &p->key, p->key.sport);
+	set_port_key(&key, p, f->family, p->key.sport);
 	owner = ports.lookup(&key);
 	if (owner && !owner->declared && owner->ifindex == p->key.ifindex)
 		ports.delete(&key);
@@ -140,6 +137,8 @@ static inline int is_first_answer(struct hook *h, struct flow *row)
 	fwd->csum_diff = ~row->csum_diff;
 	fwd->mtu = g->mtu;
 	fwd->role = FLOW_FORWARD;
+	fwd->family = h->p->key.family;
+	fwd->idle_s = row->idle_s;
 	fwd->created_ns = row->created_ns;
 	fwd->last_ns = now;
 	fwd->packets = 1; /* the question */
@@ -155,7 +154,7 @@ static inline int is_first_answer(struct hook *h, struct flow *row)
 }
 
 /* A packet from a guest that was asked: SEND_ALONG its entry, or the verdict. */
-#define SEND_ALONG -2
+#define SEND_ALONG (-2)
 
 static inline int from_candidate(struct hook *h, struct flow *row)
 {
@@ -165,7 +164,7 @@ static inline int from_candidate(struct hook *h, struct flow *row)
 	if (tcp && p->tcp_flags & TCP_RST) {
 		if (is_last_refusal(h, row))
 			return SEND_ALONG;
-		return count_drop(p->pod_id, DROP_REFUSED_BY_SOME);
+		return count_drop(p, DROP_REFUSED_BY_SOME);
 	}
 	if (tcp && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != (TCP_SYN | TCP_ACK))
 		return TC_ACT_UNSPEC; /* the tail of something older: the pod's stack resets it */
@@ -174,5 +173,5 @@ static inline int from_candidate(struct hook *h, struct flow *row)
 	bpf_map_delete_elem(h->flows, &p->key);
 	if (tcp)
 		return TC_ACT_UNSPEC; /* likewise */
-	return count_drop(p->pod_id, DROP_LATE_ANSWER);
+	return count_drop(p, DROP_LATE_ANSWER);
 }

@@ -18,11 +18,13 @@
 	X(VLAN, "VLAN-tagged frame")                                                               \
 	X(ETHERTYPE, "neither ARP nor IP")                                                         \
 	X(FRAGMENT, "fragment for the pod's localhost, without the first one known")               \
-	X(EXTENSION, "IPv6 extension header on a packet for the pod's localhost")                  \
+	X(EXTENSION, "IPv6 extension headers, or IPv4 options where IPv6 is to come of it")        \
 	X(TOO_BIG, "larger than the guest's MTU: a UDP sender was told")                             \
 	X(NO_PORT, "no free source port for a new flow")                                           \
 	X(TABLE_FULL, "the flow table took no new entry")                                          \
 	X(REWRITE_FAILED, "the kernel refused to change the packet")                               \
 	X(REFUSED_BY_SOME, "refusal held back: other guests may still serve the port")             \
 	X(LATE_ANSWER, "answer of a guest that was not the first to serve the port")               \
-	X(PATH_MTU, "a guest's word on path MTU, which would shrink the pod's whole loopback")
+	X(PATH_MTU, "a guest's word on path MTU, which would shrink the pod's whole loopback")     \
+	X(NO_CHECKSUM, "IPv4 datagram without a checksum, which IPv6 does not allow")              \
+	X(UNTRANSLATABLE, "ICMP error that the other IP version does not have")

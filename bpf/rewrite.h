@@ -26,6 +26,19 @@ static inline __u16 adjust_csum(__u16 csum, __u32 diff)
 	return ~sum;
 }
 
+/* What sums grow by when `old` becomes `new`, and when two such changes come together: one's complement, 32 bits. */
+static inline __u32 csum_sum(__u32 a, __u32 b)
+{
+	__u64 sum = (__u64)a + b;
+
+	return (sum & 0xffffffff) + (sum >> 32);
+}
+
+static inline __u32 csum_swap(__u32 old, __u32 new)
+{
+	return csum_sum(~old, new);
+}
+
 /* saddr and daddr lie next to each other in struct flow_key and in struct flow. */
 static inline __u32 addrs_diff(struct addr *from, struct addr *to)
 {
@@ -68,6 +81,50 @@ static inline int store_addrs(struct __sk_buff *skb, struct packet *p, struct fl
 	return failed | bpf_skb_store_bytes(skb, 0, f->dmac, 2 * ETH_ALEN, 0);
 }
 
+#define IPV6_VERSION_CLASS 0x60000000 /* and flow label 0 */
+
+/* Give the packet the other version's IP header (RFC 7915), and MACs. Its transport header and checksum are right
+ * already: the pseudo-headers differ in the addresses alone, IPv4-mapped ones add up like IPv4's. */
+static inline int change_version(struct __sk_buff *skb, struct packet *p, struct flow *f)
+{
+	__u16 ethertype = f->family == 4 ? be16(ETH_P_IP) : be16(ETH_P_IPV6), head;
+	__u8 ttl;
+	int failed;
+
+	failed = bpf_skb_load_bytes(skb, L3, &head, sizeof(head));
+	failed |= bpf_skb_load_bytes(skb, p->key.family == 4 ? L3 + 8 : L3 + 7, &ttl, sizeof(ttl));
+	failed |= bpf_skb_change_proto(skb, ethertype, 0);
+	if (failed)
+		return failed;
+	head = be16(head);
+	if (f->family == 4) {
+		struct iphdr ip = {.version = 4, .ihl = 5, .ttl = ttl, .protocol = p->key.proto};
+
+		ip.tos = head >> 4;
+		ip.tot_len = be16(skb->len - L3);
+		ip.frag_off = be16(0x4000); /* DF, for IPv6 has no fragments on the way; so the identification may be 0, RFC 6864 */
+		ip.saddr = f->saddr.word[3];
+		ip.daddr = f->daddr.word[3];
+		p->ip_csum = adjust_csum(0xffff, bpf_csum_diff(0, 0, (void *)&ip, sizeof(ip), 0));
+		ip.check = p->ip_csum;
+		p->l4 = L3 + sizeof(ip);
+		failed = bpf_skb_store_bytes(skb, L3, &ip, sizeof(ip), 0);
+	} else {
+		__u32 first[2];
+
+		first[0] = be32(IPV6_VERSION_CLASS | (__u32)(head & 0xff) << 20);
+		first[1] = be32((skb->len - L3 - sizeof(struct ipv6hdr)) << 16 | p->key.proto << 8 | ttl);
+		p->l4 = L3 + sizeof(struct ipv6hdr);
+		failed = bpf_skb_store_bytes(skb, L3, first, sizeof(first), 0);
+		failed |= bpf_skb_store_bytes(skb, IPV6_ADDRS, &f->saddr, 2 * sizeof(struct addr), 0);
+	}
+	p->key.family = f->family;
+	p->ethertype = ethertype;
+	p->csum = p->l4 + (p->key.proto == IPPROTO_TCP ? 16 : 6);
+	failed |= bpf_skb_store_bytes(skb, 0, f->dmac, 2 * ETH_ALEN, 0);
+	return failed | bpf_skb_store_bytes(skb, 2 * ETH_ALEN, &ethertype, sizeof(ethertype), 0);
+}
+
 /* Make the packet what the flow says; `p` then describes the packet as it is now. 0, or negative: half-done. */
 static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
@@ -84,7 +141,7 @@ static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *
 		p->key.sport = f->sport;
 		p->key.dport = f->dport;
 	}
-	failed |= store_addrs(skb, p, f);
+	failed |= f->family == p->key.family ? store_addrs(skb, p, f) : change_version(skb, p, f);
 	p->key.saddr = f->saddr;
 	p->key.daddr = f->daddr;
 	return failed;

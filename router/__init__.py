@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         PodRow,
         PortRow,
         Reason,
+        Severed,
+        Timeouts,
     )
     from .tables import Router, drop_reasons, is_loaded, open_router, unload_all
 
@@ -39,6 +41,8 @@ __all__ = [
     "Reason",
     "Router",
     "RouterError",
+    "Severed",
+    "Timeouts",
     "drop_reasons",
     "is_loaded",
     "open_router",

@@ -10,6 +10,16 @@ Address = IPv4Address | IPv6Address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """After how many seconds without a packet a flow is forgotten; the defaults are those of Linux's conntrack
+    (Documentation/networking/nf_conntrack-sysctl.rst)."""
+
+    udp_s: int = 30
+    tcp_s: int = 5 * 24 * 3600
+    tcp_closed_s: int = 120  # a connection that is closed, or was never answered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PodRow:
     """A pod's bridge, whose addresses are `localhost` to its guests."""
 
@@ -17,6 +27,7 @@ class PodRow:
     mac: bytes
     ipv4: IPv4Address
     ipv6: IPv6Address
+    timeouts: Timeouts = Timeouts()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +93,17 @@ class Flow:
     bytes_received: int
     age_s: float
     idle_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Severed:
+    """A TCP connection whose other end, a guest, is gone. `address` and `port` are the end that is left; `peer_*` the
+    other one, as that end knows it."""
+
+    address: Address
+    port: int
+    peer_address: Address
+    peer_port: int
 
 
 @dataclass(frozen=True, slots=True)

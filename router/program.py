@@ -33,10 +33,10 @@ from . import syscall
 from .errors import RouterError
 
 PROGRAM = "program"
-MAPS = ("pods", "guests", "ports", "flows", "pod_counters", "programs")
+MAPS = ("pods", "guests", "ports", "flows", "pod_counters", "drops", "programs")
 # No debug information and a light front end take 0.1 s off a compilation; bcc runs LLVM's full optimiser all the same.
 CFLAGS = ["-Wno-macro-redefined", "-g0", "-O1"]
-_TAIL_CALLED = {"ask": 0}  # function -> index in `programs`: bpf/maps.h, PROGRAM_*
+_TAIL_CALLED = {"decide": 0, "ask": 1}  # function -> index in `programs`: bpf/maps.h, PROGRAM_*
 _LOADING = "new-"  # no dot: bpffs reserves them (kernel/bpf/inode.c, bpf_lookup)
 
 

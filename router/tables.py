@@ -11,7 +11,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -31,6 +31,7 @@ from .model import (
     PodRow,
     PortRow,
     Reason,
+    Severed,
 )
 
 LO_IFINDEX = 1
@@ -54,6 +55,12 @@ class Pod(ctypes.Structure):
         ("ifindex", _u32),
         ("mac", _Mac),
         ("guest_count", _u16),
+        ("uplink_ipv4", _Address),
+        ("uplink_ipv6", _Address),
+        ("uplink", _u32),
+        ("udp_idle_s", _u32),
+        ("tcp_idle_s", _u32),
+        ("tcp_closed_s", _u32),
         ("taps", _u32 * GUESTS_PER_POD),
     )
 
@@ -109,9 +116,12 @@ class FlowRow(ctypes.Structure):
         ("mtu", _u32),
         ("role", _u8),
         ("seen", _u8),
-        ("pad", _u8 * 2),
+        ("family", _u8),
+        ("pad", _u8),
         ("asked", _u32),
         ("refused", _u32),
+        ("idle_s", _u32),
+        ("pad2", _u32),
         ("created_ns", _u64),
         ("last_ns", _u64),
         ("packets", _u64),
@@ -124,6 +134,9 @@ class Counters(ctypes.Structure):
 
 
 ROW_PACKETS = 0
+ASIDE_S = (
+    60  # how long a question to several guests, or where a datagram's fragments go, is of use: RFC 791's 15 s, and more
+)
 FORWARD, REVERSE, CANDIDATE = 1, 2, 3
 SEEN_ANSWER, SEEN_FIN, SEEN_RST, SEEN_REFUSAL = 1, 2, 4, 8
 
@@ -238,7 +251,15 @@ class Router:
             raise RouterError(f"pod id {pod_id} is not between 1 and 65535")
         self.remove_pod(pod_id)
         key = _pod_key(pod_id)
-        pod = Pod(ipv4=_mapped(row.ipv4), ipv6=_mapped(row.ipv6), ifindex=row.ifindex, mac=_Mac(*row.mac))
+        pod = Pod(
+            ipv4=_mapped(row.ipv4),
+            ipv6=_mapped(row.ipv6),
+            ifindex=row.ifindex,
+            mac=_Mac(*row.mac),
+            udp_idle_s=row.timeouts.udp_s,
+            tcp_idle_s=row.timeouts.tcp_s,
+            tcp_closed_s=row.timeouts.tcp_closed_s,
+        )
         self._put("pods", key, bytes(pod))
         size = ctypes.sizeof(Counters) * _possible_cpus()
         self._put("pod_counters", key, bytes(size))
@@ -264,6 +285,18 @@ class Router:
             self._delete("guests", bytes(GuestKey(pod=pod_id, ifindex=ifindex)))
         self._delete("pod_counters", key)
         self._delete("pods", key)  # last: until now `pod_ids` knows that something is left
+
+    def set_uplink(self, pod_id: int, ifindex: int, ipv4: IPv4Address | None, ipv6: IPv6Address | None) -> None:
+        """The link to the outside and the pod's addresses on it, at which guests' ports are then reached too, for whom
+        `program_fd` is to be attached at its ingress. Ifindex 0: there is none (any more). Raises RouterError."""
+        key = _pod_key(pod_id)
+        pod = self._get("pods", key, Pod)
+        if pod is None:
+            raise RouterError(f"the router knows no pod {pod_id}")
+        pod.uplink = ifindex
+        pod.uplink_ipv4 = _mapped(ipv4) if ipv4 else _Address()
+        pod.uplink_ipv6 = _mapped(ipv6) if ipv6 else _Address()
+        self._put("pods", key, bytes(pod))
 
     # --- guests ---
 
@@ -331,8 +364,9 @@ class Router:
         for key in keys:
             self._put("ports", bytes(key), bytes(owner))
 
-    def remove_guest(self, pod_id: int, ifindex: int) -> None:
-        """Idempotent. Its ports and its flows go too, in both directions."""
+    def remove_guest(self, pod_id: int, ifindex: int) -> list[Severed]:
+        """Idempotent. Its ports and its flows go too, in both directions. Returns the open TCP connections that others
+        had with it: they believe in them until somebody tells them."""
         pod = self._get("pods", _pod_key(pod_id), Pod)
         if pod is not None:
             taps = [tap for tap in pod.taps[: pod.guest_count] if tap != ifindex]
@@ -344,15 +378,34 @@ class Router:
         for key, owner in list(self._port_rows(pod_id)):
             if owner.ifindex == ifindex:
                 self._delete("ports", bytes(key))
+        severed = []
+        for flow, row in self._forget_flows(pod_id, lambda key, row: ifindex in (key.ifindex, row.ifindex)):
+            is_open = flow.row == ROW_PACKETS and row.role != CANDIDATE and not row.seen & SEEN_RST
+            if is_open and flow.proto == _PROTOCOLS["tcp"] and flow.ifindex != ifindex:
+                severed.append(
+                    Severed(
+                        address=_address(flow.family, flow.saddr),
+                        port=flow.sport,
+                        peer_address=_address(flow.family, flow.daddr),
+                        peer_port=flow.dport,
+                    )
+                )
+        return severed
+
+    def _forget_flows(
+        self, pod_id: int, condition: Callable[[FlowKey, FlowRow], bool]
+    ) -> list[tuple[FlowKey, FlowRow]]:
+        """Delete the entries for which this holds; returns them."""
         fd = self._flow_map(pod_id)
         if fd is None:
-            return
+            return []
         try:
-            for flow, row in list(self._flow_rows(pod_id)):
-                if ifindex in (flow.ifindex, row.ifindex):
-                    syscall.delete(fd, bytes(flow))
+            rows = [(key, row) for key, row in self._flow_rows(pod_id) if condition(key, row)]
+            for key, _ in rows:
+                syscall.delete(fd, bytes(key))
         finally:
             os.close(fd)
+        return rows
 
     # --- what is going on ---
 
@@ -385,8 +438,24 @@ class Router:
                 totals[reason] = count
         return totals
 
+    def expire_flows(self, pod_id: int) -> None:
+        """Forget what is older than the pod's timeouts. Nobody has to: a full table evicts what is oldest."""
+        pod = self._get("pods", _pod_key(pod_id), Pod)
+        if pod is None:
+            return
+        now = time.monotonic_ns()
+        rows = {bytes(key): row for key, row in self._flow_rows(pod_id)}
+
+        def is_over(key: FlowKey, row: FlowRow) -> bool:
+            twin = rows.get(bytes(_turned(key, row)), row)
+            idle_s = (now - max(row.last_ns, twin.last_ns)) / 1e9
+            return bool(idle_s > _timeout_s(pod, key, row, twin))
+
+        self._forget_flows(pod_id, is_over)
+
     def flows(self, pod_id: int) -> list[Flow]:
-        """One for each conversation, latest used first."""
+        """One for each conversation, latest used first. Expired ones are forgotten on the way."""
+        self.expire_flows(pod_id)
         indexes, now = self._indexes(pod_id), time.monotonic_ns()
         rows = {bytes(key): (key, row) for key, row in self._flow_rows(pod_id) if key.row == ROW_PACKETS}
         flows = []
@@ -403,7 +472,7 @@ def _turned(key: FlowKey, row: FlowRow) -> FlowKey:
     """The key of the entry's twin: bpf/flows.h, reverse_key()."""
     return FlowKey(
         ifindex=row.ifindex,
-        family=key.family,
+        family=row.family,
         proto=key.proto,
         saddr=row.daddr,
         daddr=row.saddr,
@@ -420,21 +489,22 @@ def _turned_row(key: FlowKey, row: FlowRow) -> FlowRow:
         dport=key.sport,
         ifindex=key.ifindex,
         role=CANDIDATE,
+        family=key.family,
         created_ns=row.created_ns,
         last_ns=row.last_ns,
     )
 
 
 def _flow(key: FlowKey, forward: FlowRow, back: FlowRow, indexes: dict[int, int], now_ns: int) -> Flow:
-    def endpoint(ifindex: int, address: ctypes.Array[ctypes.c_uint8], port: int) -> Endpoint:
-        return Endpoint(guest=indexes.get(ifindex), address=_address(key.family, address), port=port)
+    def endpoint(row: FlowKey | FlowRow, ifindex: int, address: ctypes.Array[ctypes.c_uint8], port: int) -> Endpoint:
+        return Endpoint(guest=indexes.get(ifindex), address=_address(row.family, address), port=port)
 
     return Flow(
         protocol=_PROTOCOL_NAMES[key.proto],
-        opener=endpoint(key.ifindex, key.saddr, key.sport),
-        dialled=endpoint(LO_IFINDEX, key.daddr, key.dport),
-        server=endpoint(forward.ifindex, forward.daddr, forward.dport),
-        seen_as=endpoint(LO_IFINDEX, forward.saddr, forward.sport),
+        opener=endpoint(key, key.ifindex, key.saddr, key.sport),
+        dialled=endpoint(key, LO_IFINDEX, key.daddr, key.dport),
+        server=endpoint(forward, forward.ifindex, forward.daddr, forward.dport),
+        seen_as=endpoint(forward, LO_IFINDEX, forward.saddr, forward.sport),
         state=_state(forward, back),
         packets_sent=forward.packets,
         bytes_sent=forward.bytes,
@@ -443,6 +513,16 @@ def _flow(key: FlowKey, forward: FlowRow, back: FlowRow, indexes: dict[int, int]
         age_s=(now_ns - forward.created_ns) / 1e9,
         idle_s=max(0, now_ns - max(forward.last_ns, back.last_ns)) / 1e9,
     )
+
+
+def _timeout_s(pod: Pod, key: FlowKey, row: FlowRow, twin: FlowRow) -> int:
+    if key.row != ROW_PACKETS:
+        return ASIDE_S
+    if key.proto != _PROTOCOLS["tcp"]:
+        return int(pod.udp_idle_s)
+    seen = row.seen | twin.seen
+    closed = seen & SEEN_RST or row.seen & twin.seen & SEEN_FIN or not seen & SEEN_ANSWER
+    return int(pod.tcp_closed_s if closed else pod.tcp_idle_s)
 
 
 def _state(forward: FlowRow, back: FlowRow) -> FlowState:

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -30,6 +31,8 @@ import pytest
 
 import router
 from router import program
+
+from . import packets
 
 T = TypeVar("T")
 
@@ -216,6 +219,31 @@ def make_pod(table: router.Router) -> Iterator[Callable[..., Pod]]:
         for pod in pods:
             for netns in (*(guest.netns for guest in pod.guests), pod.netns):
                 run("ip", "netns", "del", netns)
+
+
+# --- made-up packets: packets.py ---
+
+
+@pytest.fixture(scope="package")
+def variant(bpffs: Path) -> Iterator[tuple[router.Router, str]]:
+    with packets.loaded_variant(bpffs) as found:
+        yield found
+
+
+@pytest.fixture(scope="package")
+def thread(variant: tuple[router.Router, str]) -> Iterator[ThreadPoolExecutor]:
+    with packets.thread_in(variant[1]) as pool:
+        yield pool
+
+
+@pytest.fixture
+def hooks(variant: tuple[router.Router, str], thread: ThreadPoolExecutor) -> Iterator[packets.Hooks]:
+    """A pod with guest 2, seen in both families; guest 3 joins where a test says so."""
+    table, netns = variant
+    table.add_pod(packets.POD, router.PodRow(ifindex=5, mac=BRIDGE_MAC, ipv4=BRIDGE4, ipv6=BRIDGE6))
+    table.add_guest(packets.POD, packets.guest_row(2, seen_ipv4=True, seen_ipv6=True))
+    yield packets.Hooks(table=table, netns=netns, thread=thread)
+    table.remove_pod(packets.POD)
 
 
 __all__ = ["Guest", "Pod", "attach", "in_netns", "program", "run"]

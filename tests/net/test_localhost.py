@@ -184,18 +184,6 @@ def test_a_container_that_listens_is_preferred_to_a_guest(make_pod: Callable[[in
             assert talk_tcp(in_container, second, (LOOPBACK[4], port)) == LOOPBACK[4]
 
 
-def test_a_guest_without_ipv6_never_makes_a_caller_hang() -> None:
-    with played_pod(1, ipv6=False, name="nettest-v4") as pod:
-        port = next(ports)
-        with open_in(pod.guests[0].netns, 4, "tcp") as server:
-            server.bind((ANY[4], port))
-            server.listen()
-            with open_in(pod.netns, 6, "tcp") as client, pytest.raises(ConnectionRefusedError):
-                client.connect((LOOPBACK[6], port))
-            with net.in_netns(pod.netns, lambda: socket.create_connection(("localhost", port), TIMEOUT_S)) as client:
-                assert client.getpeername() == (LOOPBACK[4], port)
-
-
 def test_eight_guests_each_serve_a_port() -> None:
     with played_pod(8, name="nettest-8") as pod:
         for guest, version in itertools.product(pod.guests, (4, 6)):
