@@ -17,7 +17,7 @@ from pathlib import Path
 
 import router
 
-from . import net, state
+from . import net, reset, state
 from .errors import UklaunchError, UsageError
 from .model import GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, check_name
 from .timeline import mark
@@ -280,7 +280,7 @@ class Membership:
                 return
             if self._ifindex and record.id:
                 with open_router() as table:
-                    table.remove_guest(record.id, self._ifindex)
+                    reset.reset(Path(record.netns), table.remove_guest(record.id, self._ifindex))
             others = [guest for guest in running_guests(name) if guest.name != self.guest]
             if not others and (record.ephemeral or not record.bridge):
                 _remove(record)
@@ -345,7 +345,7 @@ def forget_dead_guests(name: str) -> None:
         with open_router() as table:
             for row in table.guests(record.id):
                 if row.ifindex not in present:
-                    table.remove_guest(record.id, row.ifindex)
+                    reset.reset(Path(record.netns), table.remove_guest(record.id, row.ifindex))
 
 
 def unknown_ids(table: router.Router) -> list[int]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .model import (
         PASSED,
         REDIRECTED,
+        Drop,
         Endpoint,
         Flow,
         FlowState,
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
         Severed,
         Timeouts,
     )
-    from .tables import Router, drop_reasons, is_loaded, open_router, unload_all
+    from .tables import DropWatch, Router, drop_reasons, is_loaded, open_router, unload_all
 
 __all__ = [
     "PASSED",
     "REDIRECTED",
+    "Drop",
+    "DropWatch",
     "Endpoint",
     "Flow",
     "FlowState",
@@ -50,7 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {"RouterError": "errors"} | dict.fromkeys(
-    ("Router", "drop_reasons", "is_loaded", "open_router", "unload_all"), "tables"
+    ("DropWatch", "Router", "drop_reasons", "is_loaded", "open_router", "unload_all"), "tables"
 )
 
 

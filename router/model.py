@@ -117,5 +117,22 @@ class Reason:
         return self.name.lower().replace("_", "-")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """A packet that was dropped. `guest`: the index of who sent it; None: it came from outside or, `on_loopback`, from
+    a container. Addresses and protocol are None for what is not IP; `protocol` is a number as text if it is neither
+    tcp nor udp; ports are 0 where there are none."""
+
+    reason: Reason
+    guest: int | None
+    on_loopback: bool
+    ethertype: int
+    protocol: str | None
+    source: Address | None
+    source_port: int
+    target: Address | None
+    target_port: int
+
+
 REDIRECTED = Reason("REDIRECTED", "sent along a flow")
 PASSED = Reason("PASSED", "guests' frames left to the bridge")

@@ -17,9 +17,10 @@ _NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 0, 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 5, 6, 7, 10
-_MAP_FD_BY_ID, _MAP_LOOKUP_BATCH = 14, 24
+_MAP_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _MAP_LOOKUP_BATCH = 14, 15, 24
 
 MAP_TYPE_LRU_HASH = 9
+MAP_TYPE_RINGBUF = 27
 PROG_TYPE_SCHED_CLS = 3
 ANY, NOEXIST = 0, 1
 
@@ -46,6 +47,12 @@ def create_map(kind: int, key_size: int, value_size: int, entries: int, name: st
 
 def map_fd_by_id(identifier: int) -> int:
     return _bpf(_MAP_FD_BY_ID, struct.pack("I", identifier))[0]
+
+
+def map_id(fd: int) -> int:
+    info = ctypes.create_string_buffer(88)  # struct bpf_map_info: type, id, ...
+    _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("IIQ", fd, len(info), ctypes.addressof(info)))
+    return int(struct.unpack_from("I", info, 4)[0])
 
 
 def pin(fd: int, path: str) -> None:

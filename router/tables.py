@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from .model import (
     PASSED,
     REDIRECTED,
     Address,
+    Drop,
     Endpoint,
     Flow,
     FlowState,
@@ -33,6 +34,7 @@ from .model import (
     Reason,
     Severed,
 )
+from .ring import Ring
 
 LO_IFINDEX = 1
 GUESTS_PER_POD = 64
@@ -126,6 +128,22 @@ class FlowRow(ctypes.Structure):
         ("last_ns", _u64),
         ("packets", _u64),
         ("bytes", _u64),
+    )
+
+
+class Packet(ctypes.Structure):
+    _fields_ = (
+        ("key", FlowKey),
+        ("pod_id", _u32),
+        ("l4", _u32),
+        ("csum", _u32),
+        ("ip_id", _u32),
+        ("ethertype", _port),
+        ("ip_csum", _u16),
+        ("kind", _u8),
+        ("fragment", _u8),
+        ("tcp_flags", _u8),
+        ("reason", _u8),
     )
 
 
@@ -283,6 +301,7 @@ class Router:
             self._delete("ports", bytes(port))
         for ifindex in list(self._indexes(pod_id)):
             self._delete("guests", bytes(GuestKey(pod=pod_id, ifindex=ifindex)))
+        self._delete("drops", key)
         self._delete("pod_counters", key)
         self._delete("pods", key)  # last: until now `pod_ids` knows that something is left
 
@@ -409,6 +428,24 @@ class Router:
 
     # --- what is going on ---
 
+    @contextmanager
+    def watch_drops(self, pod_id: int) -> Iterator[DropWatch]:
+        """See this pod's drops while the block lasts. One watches a pod at a time: the latest takes over."""
+        if pod_id not in self.pod_ids():
+            raise RouterError(f"the router knows no pod {pod_id}")
+        ring = Ring()
+        key, identifier = _pod_key(pod_id), bytes(_u32(syscall.map_id(ring.fd)))
+        try:
+            self._put("drops", key, bytes(_u32(ring.fd)))
+            yield DropWatch(self, pod_id, ring, identifier)
+        finally:
+            if self._drop_ring_id(pod_id) == identifier:
+                self._delete("drops", key)
+            ring.close()
+
+    def _drop_ring_id(self, pod_id: int) -> bytes | None:
+        return syscall.lookup(self._pins.maps["drops"], _pod_key(pod_id), 4)
+
     def ports(self, pod_id: int) -> list[PortRow]:
         """Who serves what, declared or learned, sorted."""
         indexes = self._indexes(pod_id)
@@ -466,6 +503,40 @@ class Router:
             elif row.role == CANDIDATE and not row.seen & SEEN_REFUSAL:
                 flows.append(_flow(_turned(key, row), _turned_row(key, row), row, indexes, now))
         return sorted(flows, key=lambda flow: flow.idle_s)
+
+
+class DropWatch:
+    """What is dropped, as it happens. `fileno()` is readable when there is something; a burst that is faster than its
+    reader loses packets here, not in `counters`."""
+
+    def __init__(self, table: Router, pod_id: int, ring: Ring, identifier: bytes) -> None:
+        self._table, self._pod_id, self._ring, self._id = table, pod_id, ring, identifier
+        self._reasons = drop_reasons()
+
+    def fileno(self) -> int:
+        return self._ring.fd
+
+    def read(self) -> list[Drop]:
+        """All that is there now. Raises RouterError when somebody else has taken over, or the pod is gone."""
+        if self._table._drop_ring_id(self._pod_id) != self._id:
+            raise RouterError("the pod is gone, or somebody else watches its drops now")
+        indexes = self._table._indexes(self._pod_id)
+        return [self._drop(Packet.from_buffer_copy(record), indexes) for record in self._ring.read()]
+
+    def _drop(self, packet: Packet, indexes: dict[int, int]) -> Drop:
+        key = packet.key
+        is_ip = key.family in (4, 6)
+        return Drop(
+            reason=self._reasons[packet.reason],
+            guest=indexes.get(key.ifindex),
+            on_loopback=key.ifindex == LO_IFINDEX,
+            ethertype=packet.ethertype,
+            protocol=_PROTOCOL_NAMES.get(key.proto, str(key.proto)) if is_ip else None,
+            source=_address(key.family, key.saddr) if is_ip else None,
+            source_port=key.sport,
+            target=_address(key.family, key.daddr) if is_ip else None,
+            target_port=key.dport,
+        )
 
 
 def _turned(key: FlowKey, row: FlowRow) -> FlowKey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -336,6 +337,29 @@ def test_when_a_guest_is_seen(hooks: Hooks, name: str, seen: tuple[bool, bool]) 
     hooks.send(TAP2, ALLOWED[name])
     (row,) = hooks.table.guests(POD)
     assert (row.seen_ipv4, row.seen_ipv6) == seen
+
+
+def test_whoever_watches_sees_each_drop(hooks: Hooks) -> None:
+    with hooks.table.watch_drops(POD) as watch:
+        assert watch.read() == []
+        hooks.send(TAP2, plain(GUEST3[4], BRIDGE[4]))
+        hooks.send(TAP2, arp(MAC2, GUEST3[4]))
+        assert select.select([watch], [], [], 0)[0] == [watch]
+        spoofed, foreign = watch.read()
+        assert (spoofed.reason.name, spoofed.guest, spoofed.protocol) == ("SPOOFED_IPV4", 2, "tcp")
+        assert (str(spoofed.source), spoofed.source_port) == (GUEST3[4], 1000)
+        assert (str(spoofed.target), spoofed.target_port) == (BRIDGE[4], 2000)
+        assert (foreign.reason.name, foreign.source, foreign.ethertype) == ("SPOOFED_ARP", None, 0x0806)
+        for _ in range(10_000):  # more than the ring holds
+            hooks.send(TAP2, plain(GUEST3[4], BRIDGE[4]))
+        assert 3_000 < len(watch.read()) < 10_000
+        with hooks.table.watch_drops(POD) as other:
+            hooks.send(TAP2, plain(GUEST3[4], BRIDGE[4]))
+            assert len(other.read()) == 1
+            with pytest.raises(router.RouterError, match="somebody else"):
+                watch.read()
+    hooks.send(TAP2, plain(GUEST3[4], BRIDGE[4]))
+    assert sum(hooks.table.counters(POD).values()) == 10_004
 
 
 def test_pods_do_not_mix(hooks: Hooks) -> None:

@@ -143,6 +143,8 @@ with tempfile.TemporaryDirectory() as tree:
             kind = getattr(kind, "_type_", kind)  # per CPU
             if hasattr(kind, "_fields_"):
                 kinds[kind.__name__] = fields(kind)
+    leaf = module["scratch"].Leaf
+    kinds["packet"] = fields(dict(getattr(leaf, "_type_", leaf)._fields_)["packet"])
     print(json.dumps(kinds))
 """
 
@@ -162,6 +164,7 @@ def test_layout() -> None:
         "flow_key": tables.FlowKey,
         "flow": tables.FlowRow,
         "counters": tables.Counters,
+        "packet": tables.Packet,
     }
     compiled = json.loads(done.stdout.splitlines()[-1])
     assert compiled.keys() == mirrors.keys()

@@ -18,6 +18,7 @@ LAYERS = (
     {"foreground", "demo", "doctor", "control", "bundle", "arguments"},
     {"run", "container"},
     {"pod", "image", "guests", "vmm", "console"},
+    {"reset"},
     {"net"},
     {"state"},
     {"model", "timeline"},
