@@ -108,7 +108,8 @@ static inline int fits(struct __sk_buff *skb, struct packet *p, struct flow *f)
 	return length <= f->mtu || skb->gso_size;
 }
 
-static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *f)
+/* A packet is about to go along its flow. */
+static inline void note(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
 	if (p->key.proto == IPPROTO_TCP)
 		note_segment(p, f);
@@ -117,9 +118,6 @@ static inline int forward(struct __sk_buff *skb, struct packet *p, struct flow *
 	f->last_ns = bpf_ktime_get_ns();
 	f->packets++;
 	f->bytes += skb->len;
-	if (rewrite(skb, p, f))
-		return count_drop(p, DROP_REWRITE_FAILED);
-	return redirect(p->pod_id, f);
 }
 
 static inline int is_opening(struct packet *p)
@@ -158,38 +156,34 @@ static inline int is_localhost(struct hook *h)
 /* PASS: leave it to the pod's own stack */
 #define DECIDED_PASS 0
 
-/* Is there a container's socket on the loopback address for a guest that dials the bridge's? */
-static inline int is_bound_to_loopback(struct hook *h, __u8 family)
-{
-	struct addr loopback;
-
-	set_loopback(&loopback, family);
-	return find_socket(h, family, &loopback, 0, &loopback, h->p->key.dport);
-}
-
 /* Where does a new flow go? LO_IFINDEX, a TAP's ifindex, or DECIDED_PASS; 0 with scratch->candidates: ask them. *family:
  * that of who serves. */
 static inline __u32 decide_server(struct hook *h, __u8 *family)
 {
 	struct packet *p = h->p;
+	struct addr loopback;
 	struct guest *to;
 	__u16 sport = p->key.proto == IPPROTO_TCP ? 0 : p->key.sport;
 	__u8 other = p->key.family == 4 ? 6 : 4;
 	int by_bridge = h->self && same_addr(&p->key.daddr, bridge_addr(h->pod, p->key.family));
-	__u32 ifindex;
+	__u32 ifindex, i;
 
 	h->scratch->candidates = 0;
 	h->scratch->candidate = 0;
-	*family = p->key.family;
-	if (by_bridge && is_bound_to_loopback(h, p->key.family))
-		return LO_IFINDEX;
-	if (find_socket(h, p->key.family, &p->key.saddr, sport, &p->key.daddr, p->key.dport))
-		return DECIDED_PASS;
-	/* A guest that speaks one IP version alone also reaches a server that listens on the other's loopback address. */
-	if (by_bridge && spoken_family(h->self, other) != other && is_bound_to_loopback(h, other)) {
-		*family = other;
-		return LO_IFINDEX;
+	/* A container's socket: on the loopback address, for a guest that dials the bridge's; by the packet as it is; and
+	 * for a guest that speaks one IP version alone, on the other's loopback address. One loop, for the helper call and
+	 * what leads to it are long. */
+#pragma nounroll
+	for (i = 0; i < 3; i++) {
+		if (i != 1 && (!by_bridge || (i == 2 && spoken_family(h->self, other) == other)))
+			continue;
+		*family = i == 2 ? other : p->key.family;
+		set_loopback(&loopback, *family);
+		if (find_socket(h, *family, i == 1 ? &p->key.saddr : &loopback, i == 1 ? sport : 0,
+				i == 1 ? &p->key.daddr : &loopback, p->key.dport))
+			return i == 1 ? DECIDED_PASS : LO_IFINDEX;
 	}
+	*family = p->key.family;
 	ifindex = find_server(h);
 	to = ifindex ? find_guest(p->pod_id, ifindex) : NULL;
 	if (to)
@@ -264,7 +258,7 @@ static inline int check_translation(struct hook *h, struct flow *f)
 static inline int forward_carefully(struct hook *h, struct flow *f)
 {
 	struct packet *p = h->p;
-	int reason = check_translation(h, f), verdict;
+	int reason = check_translation(h, f);
 
 	if (reason >= 0)
 		return count_drop(p, reason);
@@ -272,10 +266,11 @@ static inline int forward_carefully(struct hook *h, struct flow *f)
 		return too_big(h, f);
 	if (p->fragment && remember_fragments(h, f))
 		return count_drop(p, DROP_TABLE_FULL);
-	verdict = forward(h->skb, p, f);
-	if (p->fragment && store_identification(h->skb, p, h->scratch->fragments_id))
+	note(h->skb, p, f);
+	if (rewrite(h->skb, p, f) ||
+	    (p->fragment && store_identification(h->skb, p, h->scratch->fragments_id)))
 		return count_drop(p, DROP_REWRITE_FAILED);
-	return verdict;
+	return redirect(p->pod_id, f);
 }
 
 /* A packet that no entry is for: a verdict, or SEND_ALONG the one that *f now is. */
@@ -410,8 +405,12 @@ int localhost(struct __sk_buff *skb)
 		return on_lo ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 	if (p.kind == KIND_FLOW && !p.fragment && !skb->vlan_present) {
 		f = bpf_map_lookup_elem(table, &p.key);
-		if (f && f->family == p.key.family && is_settled(&p, f) && fits(skb, &p, f))
-			return forward(skb, &p, f);
+		if (f && f->family == p.key.family && is_settled(&p, f) && fits(skb, &p, f)) {
+			note(skb, &p, f);
+			if (rewrite_l4(skb, &p, f) || store_addrs(skb, &p, f))
+				return count_drop(&p, DROP_REWRITE_FAILED);
+			return redirect(p.pod_id, f);
+		}
 		if (!f && on_lo && !is_opening(&p))
 			return TC_ACT_UNSPEC;
 	}

@@ -125,8 +125,8 @@ static inline int change_version(struct __sk_buff *skb, struct packet *p, struct
 	return failed | bpf_skb_store_bytes(skb, 2 * ETH_ALEN, &ethertype, sizeof(ethertype), 0);
 }
 
-/* Make the packet what the flow says; `p` then describes the packet as it is now. 0, or negative: half-done. */
-static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *f)
+/* Ports, and the checksum over them and the addresses. 0, or negative. */
+static inline int rewrite_l4(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
 	__u64 flags = p->key.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0; /* no checksum stays no checksum */
 	__u32 ports = both_ports(f->sport, f->dport), old_ports = both_ports(p->key.sport, p->key.dport);
@@ -141,6 +141,14 @@ static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *
 		p->key.sport = f->sport;
 		p->key.dport = f->dport;
 	}
+	return failed;
+}
+
+/* Make the packet what the flow says; `p` then describes the packet as it is now. 0, or negative: half-done. */
+static inline int rewrite(struct __sk_buff *skb, struct packet *p, struct flow *f)
+{
+	int failed = rewrite_l4(skb, p, f);
+
 	failed |= f->family == p->key.family ? store_addrs(skb, p, f) : change_version(skb, p, f);
 	p->key.saddr = f->saddr;
 	p->key.daddr = f->daddr;
