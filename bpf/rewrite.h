@@ -87,21 +87,24 @@ static inline int store_addrs(struct __sk_buff *skb, struct packet *p, struct fl
  * already: the pseudo-headers differ in the addresses alone, IPv4-mapped ones add up like IPv4's. */
 static inline int change_version(struct __sk_buff *skb, struct packet *p, struct flow *f)
 {
-	__u16 ethertype = f->family == 4 ? be16(ETH_P_IP) : be16(ETH_P_IPV6), head;
+	__u16 ethertype = f->family == 4 ? be16(ETH_P_IP) : be16(ETH_P_IPV6), head, length;
 	__u8 ttl;
 	int failed;
 
 	failed = bpf_skb_load_bytes(skb, L3, &head, sizeof(head));
+	/* Not the frame's length: a short one is padded. */
+	failed |= bpf_skb_load_bytes(skb, p->key.family == 4 ? L3 + 2 : L3 + 4, &length, sizeof(length));
 	failed |= bpf_skb_load_bytes(skb, p->key.family == 4 ? L3 + 8 : L3 + 7, &ttl, sizeof(ttl));
 	failed |= bpf_skb_change_proto(skb, ethertype, 0);
 	if (failed)
 		return failed;
 	head = be16(head);
+	length = be16(length);
 	if (f->family == 4) {
 		struct iphdr ip = {.version = 4, .ihl = 5, .ttl = ttl, .protocol = p->key.proto};
 
 		ip.tos = head >> 4;
-		ip.tot_len = be16(skb->len - L3);
+		ip.tot_len = be16(length + sizeof(ip));
 		ip.frag_off = be16(0x4000); /* DF, for IPv6 has no fragments on the way; so the identification may be 0, RFC 6864 */
 		ip.saddr = f->saddr.word[3];
 		ip.daddr = f->daddr.word[3];
@@ -113,7 +116,7 @@ static inline int change_version(struct __sk_buff *skb, struct packet *p, struct
 		__u32 first[2];
 
 		first[0] = be32(IPV6_VERSION_CLASS | (__u32)(head & 0xff) << 20);
-		first[1] = be32((skb->len - L3 - sizeof(struct ipv6hdr)) << 16 | p->key.proto << 8 | ttl);
+		first[1] = be32((length - sizeof(struct iphdr)) << 16 | p->key.proto << 8 | ttl);
 		p->l4 = L3 + sizeof(struct ipv6hdr);
 		failed = bpf_skb_store_bytes(skb, L3, first, sizeof(first), 0);
 		failed |= bpf_skb_store_bytes(skb, IPV6_ADDRS, &f->saddr, 2 * sizeof(struct addr), 0);

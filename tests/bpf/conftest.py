@@ -78,17 +78,9 @@ def in_netns(netns: str, function: Callable[[], T]) -> T:
 @pytest.fixture(scope="session")
 def bpffs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("bpffs")
-    run("mount", "-t", "bpf", "bpf", path)
-    before = os.environ.get("UKLAUNCH_BPFFS")
-    os.environ["UKLAUNCH_BPFFS"] = str(path)
-    try:
+    with packets.mounted_bpffs(path), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UKLAUNCH_BPFFS", str(path))
         yield path
-    finally:
-        if before is None:
-            del os.environ["UKLAUNCH_BPFFS"]
-        else:
-            os.environ["UKLAUNCH_BPFFS"] = before
-        run("umount", path)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -169,6 +170,15 @@ def parse_headers(frame: bytes) -> tuple[str, str, int, int, tuple[int, int]]:
 
 
 # --- the program ---
+
+
+@contextlib.contextmanager
+def mounted_bpffs(path: Path) -> Iterator[None]:
+    subprocess.run(["mount", "-t", "bpf", "bpf", path], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
 
 
 @dataclass(kw_only=True)

@@ -134,6 +134,16 @@ def test_an_error_that_the_other_version_lacks(single: Hooks, family: int) -> No
 
 
 @pytest.mark.parametrize("family", [4])
+def test_padding_of_a_short_frame_is_not_its_payload(single: Hooks) -> None:
+    """Ethernet frames have 60 bytes at least."""
+    verdict, frame = single.send(LO, packet("::1", 40000, "::1", 53, proto=UDP))
+    assert verdict == REDIRECT
+    answer = packet(GUEST2[4], 53, BRIDGE[4], 40000, proto=UDP, mac=MAC2, data=b"odd")
+    verdict, frame = single.send(TAP2, answer.ljust(60, b"\xff"))
+    assert (verdict, parse(frame).payload[8:]) == (REDIRECT, b"odd")
+
+
+@pytest.mark.parametrize("family", [4])
 def test_an_answer_without_a_checksum_cannot_become_ipv6(single: Hooks) -> None:
     single.send(LO, packet("::1", 40000, "::1", 53, proto=UDP))
     assert single.send(TAP2, packet(GUEST2[4], 53, BRIDGE[4], 40000, proto=UDP, mac=MAC2, bare=True))[0] == DROP
