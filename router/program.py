@@ -1,42 +1,43 @@
-"""The router's program and maps: compiled and loaded once per host, pinned under bpffs, handed out as descriptors.
+"""The router's program and maps: loaded once per host, pinned under bpffs, handed out as descriptors.
 
     /sys/fs/bpf/uklaunch/
-        <hash of the sources>/   program, pods, guests, ports, flows, pod_counters
+        <hash of the sources>/   program, pods, guests, ports, flows, pod_counters, drops, programs
         new-<pid>/               a load in progress, renamed when it is complete
+    /var/cache/uklaunch/
+        <hash of the sources>    what compile.py makes of them: so that a host compiles once, and not at every boot
 
-Compiling happens in a short-lived child: bcc changes the working directory of the whole process and leaves 70 MB
-behind. That child is the only importer of bcc. Everybody else opens pins.
-
-bcc insists on a kernel source tree, for little more than types that linux-libc-dev has. So it is always given one of
-ours, made of links to that package and three small files, and machines with and without headers take the same path.
+Everybody but the first to come opens pins, which costs a tenth of a millisecond each.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import fcntl
 import hashlib
 import importlib
+import json
 import os
-import re
+import platform
 import struct
 import subprocess
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import syscall
 from .errors import RouterError
 
 PROGRAM = "program"
 MAPS = ("pods", "guests", "ports", "flows", "pod_counters", "drops", "programs")
-# No debug information and a light front end take 0.1 s off a compilation; bcc runs LLVM's full optimiser all the same.
-CFLAGS = ["-Wno-macro-redefined", "-g0", "-O1"]
+UNPINNED_MAPS = ("flow_template", "drops_template", "served_ports", "scratch")  # the program's own business
+_ENTRY = "localhost"
 _TAIL_CALLED = {"decide": 0, "ask": 1}  # function -> index in `programs`: bpf/maps.h, PROGRAM_*
+FUNCTIONS = (_ENTRY, *_TAIL_CALLED)
+_TEMPLATES = {"flows": "flow_template", "drops": "drops_template"}  # a map of maps -> what those look like
 _LOADING = "new-"  # no dot: bpffs reserves them (kernel/bpf/inode.c, bpf_lookup)
 
 
@@ -58,34 +59,14 @@ def source_directory() -> Path:
     return Path(path).parent
 
 
-def _sources() -> dict[str, str]:
+def sources() -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(source_directory().iterdir()) if path.suffix in (".c", ".h")}
 
 
 def version(defines: Sequence[str] = ()) -> str:
     """Names what is loaded. A changed map size on an existing pin would be accepted in silence: so, by content."""
-    text = "\0".join((*_sources().values(), *defines))
+    text = "\0".join((*sources().values(), *defines))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def flatten(name: str) -> str:
-    """The source with our own headers in it. bcc rewrites map accesses in the main file only."""
-    sources, included = _sources(), set[str]()
-
-    def expand(name: str) -> Iterator[str]:
-        included.add(name)
-        yield f'#line 1 "{name}"'
-        for number, line in enumerate(sources[name].splitlines(), 1):
-            include = re.fullmatch(r'#include "(.+)"', line)
-            if include is None:
-                yield "" if line.startswith("#pragma once") else line
-            elif include[1] not in included:
-                yield from expand(include[1])
-                yield f'#line {number + 1} "{name}"'
-            else:
-                yield ""
-
-    return "\n".join(expand(name)) + "\n"
 
 
 # --- open ---
@@ -111,7 +92,7 @@ def open_pins() -> Pins:
     with _lock():
         with contextlib.suppress(FileNotFoundError):
             return open_directory(directory)
-        load_apart(directory)
+        load(directory)
         return open_directory(directory)
 
 
@@ -175,35 +156,67 @@ def remove(directory: Path) -> None:
         directory.rmdir()
 
 
+# --- compile, or have compiled ---
+
+
+def cache() -> Path:
+    return Path(os.environ.get("UKLAUNCH_CACHE", "/var/cache/uklaunch"))
+
+
+def _compiled(defines: Sequence[str]) -> dict[str, Any]:
+    """compile.py's object, from the cache if it is there. Raises RouterError."""
+    package = Path(__file__).parent
+    file = cache() / version((*defines, platform.machine(), (package / "compile.py").read_text()))
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(file.read_text()))
+    command = [sys.executable, "-m", "router.compile", *defines]
+    path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    if result.returncode != 0:
+        *detail, last = result.stderr.strip().splitlines() or ["the compiler died without a word"]
+        message, _, hint = last.partition("\t")
+        raise RouterError(message, hint, "\n".join(detail[-60:]))
+    if not defines:  # the variants are for tests
+        _keep(file, result.stdout)
+    return dict(json.loads(result.stdout))
+
+
+def _keep(file: Path, text: str) -> None:
+    """Whole or not at all, and in place of what earlier versions have left. Who cannot keep it compiles again."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = file.with_name(f"{_LOADING}{os.getpid()}")
+        new.write_text(text)
+        new.rename(file)
+        for old in file.parent.iterdir():
+            if old != file:
+                old.unlink()
+
+
 # --- load ---
 
 
-def load_apart(directory: Path, defines: Sequence[str] = ()) -> None:
-    """Load in a child of our own. Raises RouterError."""
-    package = Path(__file__).parent
-    command = [sys.executable, "-m", "router.program", str(directory), *defines]
-    path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    if result.returncode == 0:
-        return
-    # The last line of what the child says is the message; a tab parts the hint from it.
-    *detail, last = result.stderr.strip().splitlines() or ["the loader died without a word"]
-    message, _, hint = last.partition("\t")
-    raise RouterError(message, hint, "\n".join(detail[-60:]))
-
-
 def load(directory: Path, defines: Sequence[str] = ()) -> None:
-    """Compile, load and pin, in this process. Raises RouterError; the pins appear together or not at all."""
+    """Load and pin. Raises RouterError; the pins appear together or not at all."""
+    compiled = _compiled(defines)
     loading = directory.parent / f"{_LOADING}{os.getpid()}"
-    with _compiled("localhost.c", defines) as (functions, maps):
+    with contextlib.ExitStack() as stack:
+        maps = dict[str, int]()
+        # A map of maps is told by another map what those look like: that one first.
+        for name in sorted(compiled["maps"], key=lambda name: name in _TEMPLATES):
+            shape = compiled["maps"][name]
+            inner = maps[_TEMPLATES[name]] if name in _TEMPLATES else None
+            maps[name] = _create_map(name, shape, inner)
+            stack.callback(os.close, maps[name])
+        fds = dict[str, int]()
+        for name in reversed(FUNCTIONS):
+            fds[name] = load_program(name, _relocated(compiled["functions"][name], maps))
+            stack.callback(os.close, fds[name])
         for name, index in _TAIL_CALLED.items():
-            fd = load_program(name, functions[name])
-            syscall.update(maps["programs"], struct.pack("I", index), struct.pack("I", fd))
-            os.close(fd)
-        program = load_program("localhost", functions["localhost"])
+            syscall.update(maps["programs"], struct.pack("I", index), struct.pack("I", fds[name]))
         try:
             loading.mkdir()
-            for name, fd in {PROGRAM: program, **maps}.items():
+            for name, fd in {PROGRAM: fds[_ENTRY], **{name: maps[name] for name in MAPS}}.items():
                 syscall.pin(fd, f"{loading}/{name}")
             if directory.exists():
                 remove(directory)  # some of it is missing, or we would not be here
@@ -211,8 +224,26 @@ def load(directory: Path, defines: Sequence[str] = ()) -> None:
         except OSError as exc:
             remove(loading)
             raise _explain_bpffs(exc) from exc
-        finally:
-            os.close(program)
+
+
+def _create_map(name: str, shape: dict[str, int], inner: int | None) -> int:
+    try:
+        return syscall.create_map(
+            shape["kind"], shape["key_size"], shape["value_size"], shape["entries"], f"uk_{name}", shape["flags"], inner
+        )
+    except PermissionError as exc:
+        raise RouterError("the router needs root", "run uklaunch as root") from exc
+    except OSError as exc:
+        raise RouterError(
+            f"the kernel refuses the router's map {name}: {exc.strerror}", "see: uklaunch doctor"
+        ) from exc
+
+
+def _relocated(function: dict[str, Any], maps: dict[str, int]) -> bytes:
+    code = bytearray(base64.b64decode(function["code"]))
+    for number, name in function["maps"]:
+        struct.pack_into("<i", code, 8 * number + 4, maps[name])
+    return bytes(code)
 
 
 def load_program(name: str, instructions: bytes) -> int:
@@ -226,85 +257,3 @@ def load_program(name: str, instructions: bytes) -> int:
             "see: uklaunch doctor",
             exc.strerror or "",
         ) from exc
-
-
-@contextlib.contextmanager
-def _compiled(name: str, defines: Sequence[str]) -> Iterator[tuple[dict[str, bytes], dict[str, int]]]:
-    """Each function's instructions, which refer to maps, and those maps' descriptors."""
-    try:
-        import bcc
-    except ImportError as exc:
-        raise RouterError(
-            "the Python module bcc is missing",
-            "apt-get install python3-bpfcc, and make the venv with --system-site-packages",
-        ) from exc
-    with tempfile.TemporaryDirectory(prefix="uklaunch-") as tree:
-        make_kernel_tree(Path(tree))
-        os.environ["BCC_KERNEL_SOURCE"] = tree
-        try:
-            module = bcc.BPF(
-                text=flatten(name),
-                cflags=[*CFLAGS, *(f"-D{define}" for define in defines)],
-            )
-        except Exception as exc:  # bcc has no class of its own for this; clang has spoken on stderr
-            if os.geteuid() != 0:
-                raise RouterError("the router needs root", "run uklaunch as root") from exc
-            raise RouterError(f"bcc cannot compile the router: {exc}", "see: uklaunch doctor") from exc
-        try:
-            functions = {name: module.dump_func(name) for name in ("localhost", *_TAIL_CALLED)}
-            yield functions, {name: module[name].map_fd for name in MAPS}
-        finally:
-            module.cleanup()
-
-
-_KCONFIG = """\
-#pragma once
-#define CONFIG_BPF_SYSCALL 1
-#define __LINUX_BPF_H__ /* bcc brings its own uapi bpf.h along */
-#include <uapi/linux/types.h>
-typedef __u8 u8; typedef __u16 u16; typedef __u32 u32; typedef __u64 u64;
-typedef __s8 s8; typedef __s16 s16; typedef __s32 s32; typedef __s64 s64;
-typedef _Bool bool;
-typedef unsigned long uintptr_t;
-typedef __SIZE_TYPE__ size_t;
-enum { false, true };
-#define NULL ((void *)0)
-#define offsetof(type, member) __builtin_offsetof(type, member)
-"""
-
-
-def make_kernel_tree(tree: Path) -> None:
-    """As much of a kernel source tree as bcc needs, from the package linux-libc-dev."""
-    triplet = sysconfig.get_config_var("MULTIARCH") or ""
-    include = tree / "include"
-    links = {
-        "uapi/linux": Path("/usr/include/linux"),
-        "uapi/asm": Path("/usr/include") / triplet / "asm",
-        "uapi/asm-generic": Path("/usr/include/asm-generic"),
-    }
-    for name, target in links.items():
-        if not target.is_dir():
-            raise RouterError(f"{target} is missing", "apt-get install linux-libc-dev")
-        (include / name).parent.mkdir(parents=True, exist_ok=True)
-        (include / name).symlink_to(target)
-    files = {
-        "linux/kconfig.h": _KCONFIG,
-        "linux/log2.h": "",
-        "asm/page.h": "#define PAGE_SHIFT 12\n#define PAGE_SIZE (1UL << PAGE_SHIFT)\n",
-    }
-    for name, text in files.items():
-        (include / name).parent.mkdir(parents=True, exist_ok=True)
-        (include / name).write_text(text)
-
-
-def _main() -> int:
-    try:
-        load(Path(sys.argv[1]), sys.argv[2:])
-    except RouterError as exc:
-        print(exc.detail, f"{exc.message}\t{exc.hint}", sep="\n", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -40,8 +40,11 @@ def _bpf(command: int, attr: bytes) -> tuple[int, bytes]:
     return result, buffer.raw
 
 
-def create_map(kind: int, key_size: int, value_size: int, entries: int, name: str, flags: int = 0) -> int:
-    attr = struct.pack("5I2I16s", kind, key_size, value_size, entries, flags, 0, 0, name.encode()[:15])
+def create_map(
+    kind: int, key_size: int, value_size: int, entries: int, name: str, flags: int = 0, inner: int | None = None
+) -> int:
+    """`inner`: of a map of maps, one that looks like those."""
+    attr = struct.pack("5I2I16s", kind, key_size, value_size, entries, flags, inner or 0, 0, name.encode()[:15])
     return _bpf(_MAP_CREATE, attr)[0]
 
 
@@ -49,10 +52,21 @@ def map_fd_by_id(identifier: int) -> int:
     return _bpf(_MAP_FD_BY_ID, struct.pack("I", identifier))[0]
 
 
-def map_id(fd: int) -> int:
-    info = ctypes.create_string_buffer(88)  # struct bpf_map_info: type, id, ...
+def _map_info(fd: int) -> tuple[int, ...]:
+    """The head of struct bpf_map_info: type, id, key_size, value_size, max_entries, map_flags."""
+    info = ctypes.create_string_buffer(88)
     _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("IIQ", fd, len(info), ctypes.addressof(info)))
-    return int(struct.unpack_from("I", info, 4)[0])
+    return struct.unpack_from("6I", info)
+
+
+def map_id(fd: int) -> int:
+    return _map_info(fd)[1]
+
+
+def map_shape(fd: int) -> dict[str, int]:
+    """What create_map() needs to make another one of its kind."""
+    kind, _, key_size, value_size, entries, flags = _map_info(fd)
+    return {"kind": kind, "key_size": key_size, "value_size": value_size, "entries": entries, "flags": flags}
 
 
 def pin(fd: int, path: str) -> None:

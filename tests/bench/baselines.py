@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher import net
-from router import program
+from router import compile
 
 from .topology import FIRST_GUEST, PLAN, Lab, lab
 from .traffic import inside, serving
@@ -132,11 +132,11 @@ def clone_to_all(guests: int) -> Iterator[Lab]:
             "LAST_PORT": str(PORTS.stop),
         }.items():
             text = text.replace(word, value)
-        program.make_kernel_tree(Path(tree))
+        compile.make_kernel_tree(Path(tree))
         os.environ["BCC_KERNEL_SOURCE"] = tree  # read when bcc compiles; whoever compiles next sets its own
         import bcc
 
-        module = bcc.BPF(text=text, cflags=program.CFLAGS)
+        module = bcc.BPF(text=text, cflags=compile.CFLAGS)
         try:
             hooks = [("lo", "egress", "to_guests"), *((name, "ingress", "to_lo") for name in names)]
             for link, hook, function in hooks:

@@ -208,7 +208,7 @@ def loaded_variant(bpffs: Path) -> Iterator[tuple[router.Router, str]]:
     def ip_command(*words: str) -> None:
         assert os.spawnvp(os.P_WAIT, "ip", ["ip", *words]) == 0
 
-    program.load_apart(directory, ["POD_ID_IN_MARK"])
+    program.load(directory, ["POD_ID_IN_MARK"])
     ip_command("netns", "add", netns)
     try:
         ip_command("-n", netns, "link", "set", "lo", "up")

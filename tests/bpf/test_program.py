@@ -93,10 +93,32 @@ def test_not_a_bpffs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_bcc(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bcc.py").write_text("raise ImportError('no')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("UKLAUNCH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(router.RouterError, match="bcc is missing") as caught:
         router.open_router()
     assert "python3-bpfcc" in caught.value.hint
     assert not list(program.root().iterdir())
+
+
+def test_compiled_once(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next boot needs no compiler; a spoilt cache is as good as none; what others have left goes."""
+    monkeypatch.setenv("UKLAUNCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "of-an-earlier-version").touch()
+    with router.open_router():
+        pass
+    (kept,) = (tmp_path / "cache").iterdir()
+    text = kept.read_text()
+    router.unload_all()
+    kept.write_text(text[:1000])
+    with router.open_router():
+        pass
+    assert kept.read_text() == text
+    router.unload_all()
+    (tmp_path / "bcc.py").write_text("raise ImportError('no')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with router.open_router() as table:
+        table.remove_pod(1)
 
 
 def test_refused_by_the_kernel() -> None:
@@ -130,13 +152,13 @@ LAYOUT = """
 import ctypes, json, os, sys, tempfile
 from pathlib import Path
 import bcc
-from router import program
+from router import compile, program
 def fields(kind):
     return [[name, getattr(kind, name).offset, getattr(kind, name).size] for name, *_ in kind._fields_]
 with tempfile.TemporaryDirectory() as tree:
-    program.make_kernel_tree(Path(tree))
+    compile.make_kernel_tree(Path(tree))
     os.environ["BCC_KERNEL_SOURCE"] = tree
-    module = bcc.BPF(text=program.flatten("localhost.c"), cflags=program.CFLAGS)
+    module = bcc.BPF(text=compile.flatten("localhost.c"), cflags=compile.CFLAGS)
     kinds = {}
     for name in ("pods", "guests", "ports", "flow_template", "pod_counters"):
         for kind in (module[name].Key, module[name].Leaf):

@@ -26,7 +26,7 @@ LAYERS = (
 )
 ONLY_IMPORTER = {
     "pyroute2": {"launcher/net.py"},
-    "bcc": {"router/program.py"},
+    "bcc": {"router/compile.py"},
     "argparse": {"launcher/cli.py", "launcher/arguments.py", "launcher/foreground.py"},
 }
 
