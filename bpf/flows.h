@@ -19,7 +19,11 @@
  * hardly ever meet a container's own (net->ipv4.ip_local_port_range, 32768-60999). */
 #define PORT_MIN 61000
 #define PORT_COUNT 4536
-#define PORT_ATTEMPTS 4
+#define PORTS_PER_GUEST (PORT_COUNT / GUESTS_PER_POD)
+/* And when those are used up, below it. */
+#define LOW_PORT_MIN 10240
+#define LOW_PORT_COUNT 22528
+#define PORT_ATTEMPTS 8
 
 #define LO_MTU 65535 /* what it takes; it says 65536 */
 
@@ -89,7 +93,8 @@ static inline __u8 spoken_family(const struct guest *g, __u8 family)
 
 /* --- sockets ---------------------------------------------------------------------------------------------------- */
 
-#define TCP_LISTEN 10 /* include/net/tcp_states.h */
+#define TCP_TIME_WAIT 6 /* include/net/tcp_states.h */
+#define TCP_LISTEN 10
 #define UDP_SOCKET 255
 
 /* The state of the socket of the pod's own stack that this packet would reach; 0: there is none. A TCP source port of
@@ -136,6 +141,20 @@ static inline int answers_itself(const struct flow_key *key, const struct flow *
 	return fwd->ifindex == key->ifindex && key->sport == key->dport && fwd->sport == key->dport;
 }
 
+/* The server's side waits in TIME_WAIT, of a connection by the same guest: its next one may have the port at once, since its
+ * timestamps go on from there (RFC 6191; net/ipv4/tcp_minisocks.c, tcp_timewait_state_process). Without this a server that
+ * closes first could be called 75 times a second. */
+static inline int is_own_remnant(struct hook *h, const struct flow *fwd, __u32 state)
+{
+	struct flow *old;
+
+	if (state != TCP_TIME_WAIT || !h->self)
+		return 0;
+	reverse_key(&h->scratch->key, &h->p->key, fwd);
+	old = bpf_map_lookup_elem(h->flows, &h->scratch->key);
+	return old && old->ifindex == h->p->key.ifindex;
+}
+
 /* Would the new flow, as the far side sees it, be mistaken for a conversation that the pod's stack has already? */
 static inline int port_is_taken(struct hook *h, struct flow *fwd)
 {
@@ -152,7 +171,19 @@ static inline int port_is_taken(struct hook *h, struct flow *fwd)
 		return 0;
 	/* TIME_WAIT on the server's side, of an earlier connection that the table has forgotten */
 	state = find_socket(h, fwd->family, &fwd->saddr, fwd->sport, &fwd->daddr, fwd->dport);
-	return state && state != TCP_LISTEN;
+	return state && state != TCP_LISTEN && !is_own_remnant(h, fwd, state);
+}
+
+/* A source port to try: first from the guest's own share, in which what is left over is its own; then any. */
+static inline __u16 pick_port(struct hook *h, int attempt)
+{
+	__u32 random = bpf_get_prandom_u32();
+
+	if (attempt < 3 && h->self)
+		return PORT_MIN + h->self->index % GUESTS_PER_POD * PORTS_PER_GUEST + random % PORTS_PER_GUEST;
+	if (attempt < 6)
+		return PORT_MIN + random % PORT_COUNT;
+	return LOW_PORT_MIN + random % LOW_PORT_COUNT;
 }
 
 /* --- entries ---------------------------------------------------------------------------------------------------- */
@@ -253,29 +284,39 @@ static inline void forget_flow(struct hook *h, struct flow *f)
 	bpf_map_delete_elem(h->flows, &h->p->key);
 }
 
+static inline void note_served(__u16 port)
+{
+	struct served_ports *served;
+	int zero = 0;
+
+	served = served_ports.lookup(&zero);
+	if (served && !served->port[port])
+		served->port[port] = 1;
+}
+
 /* A new flow to a guest, or to a container (`to` is NULL). NULL: to be counted under *reason. */
 static inline struct flow *open_flow(struct hook *h, __u32 ifindex, struct guest *to, __u8 family, __u32 *reason)
 {
 	__u64 now = bpf_ktime_get_ns();
 	struct flow *fwd = &h->scratch->fwd, *rev = &h->scratch->rev;
-	__u32 first;
 	int i;
 
 	fill_forward(h, &h->p->key, fwd, ifindex, to, family, now);
 	fill_reverse(h, &h->p->key, fwd, rev, now);
-	first = bpf_get_prandom_u32() % PORT_COUNT;
 	*reason = DROP_NO_PORT;
 #pragma nounroll
 	for (i = 0; i < PORT_ATTEMPTS; i++) {
 		/* A guest is shown the opener's own port if it is free; a container never: the port is another container's
 		 * to connect from. */
 		if (i > 0 || !to)
-			fwd->sport = be16(PORT_MIN + (first + i) % PORT_COUNT);
+			fwd->sport = be16(pick_port(h, i));
 		if (!port_is_taken(h, fwd) && !reserve(h, fwd, rev, now))
 			goto reserved;
 	}
 	return NULL;
 reserved:
+	if (ifindex == LO_IFINDEX)
+		note_served(fwd->sport); /* a server's answers leave `lo` for it */
 	*reason = DROP_TABLE_FULL;
 	if (bpf_map_update_elem(h->flows, &h->p->key, fwd, BPF_ANY)) {
 		bpf_map_delete_elem(h->flows, &h->scratch->key); /* the one just reserved */

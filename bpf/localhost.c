@@ -35,7 +35,7 @@
  *          else                                pass, and the pod's stack refuses it at once
  *
  *      from a guest, to the bridge's address
- *          a socket has 127.0.0.1:p or ::1:p   127.0.0.1:x -> 127.0.0.1:p, into lo; x from 61000 up
+ *          a socket has 127.0.0.1:p or ::1:p   127.0.0.1:x -> 127.0.0.1:p, into lo; x mostly from 61000 up
  *          a socket has bridge:p               pass
  *          a guest serves p, this one too      bridge:e -> guest:p, out of its TAP
  *          else                                pass, likewise
@@ -108,14 +108,30 @@ static inline int fits(struct __sk_buff *skb, struct packet *p, struct flow *f)
 	return length <= f->mtu || skb->gso_size;
 }
 
-/* A packet is about to go along its flow. */
-static inline void note(struct __sk_buff *skb, struct packet *p, struct flow *f)
+/* The table evicts what has not been looked up for longest, while the answers of a flow may take long: now and then, the
+ * entry for them is looked up as well. */
+#define KEPT_FOR_NS_LOG2 26 /* 67 ms */
+
+static inline void keep_twin(void *table, struct packet *p, struct flow *f)
 {
+	struct flow_key twin;
+
+	reverse_key(&twin, &p->key, f);
+	bpf_map_lookup_elem(table, &twin);
+}
+
+/* A packet is about to go along its flow. */
+static inline void note(struct __sk_buff *skb, void *table, struct packet *p, struct flow *f)
+{
+	__u64 now = bpf_ktime_get_ns();
+
 	if (p->key.proto == IPPROTO_TCP)
 		note_segment(p, f);
 	else
 		note_datagram(p, f);
-	f->last_ns = bpf_ktime_get_ns();
+	if ((now ^ f->last_ns) >> KEPT_FOR_NS_LOG2)
+		keep_twin(table, p, f);
+	f->last_ns = now;
 	f->packets++;
 	f->bytes += skb->len;
 }
@@ -191,16 +207,6 @@ static inline __u32 decide_server(struct hook *h, __u8 *family)
 	return ifindex;
 }
 
-static inline void note_served(__u16 port)
-{
-	struct served_ports *served;
-	int zero = 0;
-
-	served = served_ports.lookup(&zero);
-	if (served && !served->port[port])
-		served->port[port] = 1;
-}
-
 /* The first packet of a flow, or one that has to be decided anew: the entry to send it along, or NULL and a verdict. */
 static inline struct flow *open(struct hook *h, struct flow *old, int *verdict)
 {
@@ -266,7 +272,7 @@ static inline int forward_carefully(struct hook *h, struct flow *f)
 		return too_big(h, f);
 	if (p->fragment && remember_fragments(h, f))
 		return count_drop(p, DROP_TABLE_FULL);
-	note(h->skb, p, f);
+	note(h->skb, h->flows, p, f);
 	if (rewrite(h->skb, p, f) ||
 	    (p->fragment && store_identification(h->skb, p, h->scratch->fragments_id)))
 		return count_drop(p, DROP_REWRITE_FAILED);
@@ -380,7 +386,7 @@ static inline int is_among_containers(struct packet *p)
 
 	if (p->kind != KIND_FLOW)
 		return p->kind != KIND_ICMP && p->kind != KIND_FRAGMENT;
-	if (is_opening(p) || be16(p->key.dport) >= PORT_MIN)
+	if (is_opening(p))
 		return 0;
 	served = served_ports.lookup(&zero);
 	return served && !served->port[p->key.dport];
@@ -406,7 +412,7 @@ int localhost(struct __sk_buff *skb)
 	if (p.kind == KIND_FLOW && !p.fragment && !skb->vlan_present) {
 		f = bpf_map_lookup_elem(table, &p.key);
 		if (f && f->family == p.key.family && is_settled(&p, f) && fits(skb, &p, f)) {
-			note(skb, &p, f);
+			note(skb, table, &p, f);
 			if (rewrite_l4(skb, &p, f) || store_addrs(skb, &p, f))
 				return count_drop(&p, DROP_REWRITE_FAILED);
 			return redirect(p.pod_id, f);

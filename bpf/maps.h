@@ -155,9 +155,9 @@ _Static_assert(sizeof(struct flow) == 112, "flow");
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flow_template, FLOWS_PER_POD);
 BPF_HASH_OF_MAPS(flows, __u32, "flow_template", PODS_MAX);
 
-/* Which ports has a flow from some pod's `lo` to a guest ever had? What leaves `lo` for any other port, or for one of the
- * router's own (PORT_MIN), is between containers, and the flow table need not be asked. One byte a port, not a bit: bytes
- * are set without a lock. Never cleared: a stale byte costs a lookup. */
+/* To which ports has a flow of some pod's ever left `lo`: guests' that are served there, and those by which guests are
+ * known to containers. What leaves `lo` for any other port is between containers, and the flow table need not be asked.
+ * One byte a port, not a bit: bytes are set without a lock. Never cleared: a stale byte costs a lookup. */
 struct served_ports {
 	__u8 port[65536];
 };
