@@ -13,8 +13,25 @@ from .model import Accel, Family, Port
 DEFAULT_BUNDLE = Path("/var/lib/uklaunch/default")
 
 
+PCAP = (
+    "A guest's TAP shows its conversations whole, as the guest sees them. What the router redirects passes neither the "
+    "bridge nor lo's sending side: lo shows it only as it is delivered there, so of a conversation with a guest lo has "
+    "what the guest says, the TAP has both sides. The bridge has what is not redirected (ARP, neighbour discovery, "
+    "refusals). Devices are those there are at the start: a guest that joins later is not in the file, and said so at "
+    "the end; when a captured one goes, the capture ends."
+)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors in one line."""
+
+    intermixed = False  # options may also stand between the positional arguments, whose last is any number of words
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # argparse does it by calling us again
+        return self.parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see: {self.prog} --help)", file=sys.stderr)
@@ -38,6 +55,19 @@ def seconds(text: str) -> float:
     return value
 
 
+def interval(text: str) -> float:
+    value = seconds(text)
+    if not 0.05 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.05 to 3600")
+    return value
+
+
+def positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) < 1 << 31):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="uklaunch",
@@ -49,11 +79,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    def add(name: str, text: str, *, to: Any = commands, as_json: bool = False) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = to.add_parser(name, help=text, description=text)
+    def add(name: str, text: str, *, to: Any = commands, as_json: bool = False) -> Parser:
+        sub: Parser = to.add_parser(name, help=text, description=text)
         if as_json:
             sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
+
+    def add_interval(sub: Parser, text: str) -> None:
+        sub.add_argument("--interval", type=interval, default=1.0, metavar="SECONDS", help=f"{text} (default: 1)")
 
     run = add("run", "run a guest in a pod")
     run.add_argument("image", metavar="IMAGE", help="disk image, kernel or bundle directory; `default`: ours")
@@ -111,7 +144,28 @@ def parser() -> argparse.ArgumentParser:
     pod_exec.add_argument("pod", metavar="POD")
     pod_exec.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
 
-    add("flows", "a pod's flows, and what the router dropped and why", as_json=True).add_argument("pod", metavar="POD")
+    flows = add("flows", "a pod's flows, and what the router dropped and why", as_json=True)
+    flows.add_argument("pod", metavar="POD")
+    flows.add_argument("-f", "--follow", action="store_true", help="a line when a flow opens, changes state, ends")
+    add_interval(flows, "with -f: how often the flow table is read; what comes and goes in between is not seen")
+
+    add("ports", "who serves what in a pod, and conflicts", as_json=True).add_argument("pod", metavar="POD")
+
+    stats = add("stats", "a live table of traffic, flows, drops, CPU and memory", as_json=True)
+    stats.add_argument("pod", nargs="?", metavar="POD", help="only this one and its guests")
+    stats.add_argument("--once", action="store_true", help="print totals instead of rates, and end")
+    add_interval(stats, "what rates are taken over")
+
+    pcap = add("pcap", "capture packets into a pcapng file, until Ctrl-C")
+    pcap.intermixed = True
+    pcap.epilog = PCAP
+    pcap.add_argument(
+        "target", metavar="POD[/GUEST]", help="a pod's devices: lo, bridge, TAPs, uplink; or a guest's TAP"
+    )
+    pcap.add_argument("-w", "--write", required=True, metavar="FILE", help="pcapng; `-` is stdout")
+    pcap.add_argument("--count", type=positive, metavar="N", help="end after N packets")
+    pcap.add_argument("filter", nargs="*", metavar="FILTER", help="as in pcap-filter(7), such as: tcp port 80")
+
     gc = add("gc", "clean up after crashes", as_json=True)
     gc.add_argument("--kill", action="store_true", help="end guests that run without a supervisor")
     add("doctor", "check what this machine offers, with remedies", as_json=True)

@@ -45,11 +45,19 @@ def print_json(value: Any) -> None:
     print()
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def print_json_line(value: Any) -> None:
+    """For what goes on: one object a line, at once."""
+    print(json.dumps(value, default=str), flush=True)
+
+
+def table_lines(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     table = [tuple(headings), *(tuple(str(cell) for cell in row) for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    print("\n".join(table_lines(headings, rows)))
 
 
 # --- run ---
@@ -306,6 +314,8 @@ def cmd_flows(args: argparse.Namespace) -> int:
 
     record = state.get_pod(args.pod)
     require_root()
+    if args.follow:
+        return follow_flows(record, args)
     with pod.open_router() as table:
         flows, counters = table.flows(record.id), table.counters(record.id)
         names = {guest.index: guest.name for guest in pod.running_guests(args.pod)}
@@ -323,6 +333,74 @@ def cmd_flows(args: argparse.Namespace) -> int:
     print_table(headings, rows)
     print()
     print_table(*counter_rows(counters))
+    return ExitCode.OK
+
+
+def follow_flows(record: state.PodRecord, args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from . import pod
+    from .observe import follow
+
+    with pod.open_router() as table:
+        if not args.json:
+            print(follow.heading(), flush=True)
+        for event in follow.follow(record, table, args.interval):
+            if args.json:
+                print_json_line(asdict(event))
+            else:
+                names = {guest.index: guest.name for guest in pod.running_guests(record.name)}
+                print(follow.event_line(event, names), flush=True)
+    return ExitCode.OK
+
+
+def cmd_stats(args: argparse.Namespace) -> int:
+    import shutil
+    from dataclasses import asdict
+
+    from .observe import stats
+
+    require_root()
+    if args.once:
+        usages = stats.usage_once(args.pod)
+        if args.json:
+            print_json([asdict(usage) for usage in usages])
+        else:
+            print_table(*stats.total_rows(usages))
+        return ExitCode.OK
+    in_place = sys.stdout.isatty() and not args.json
+    for usages in stats.usage_rates(args.pod, args.interval):
+        lines = table_lines(*stats.rate_rows(usages))
+        if args.json:
+            print_json_line([asdict(usage) for usage in usages])
+        elif in_place:
+            print(stats.redraw(lines, shutil.get_terminal_size()), end="", flush=True)
+        else:
+            print("\n".join(lines), end="\n\n", flush=True)
+    return ExitCode.OK
+
+
+def cmd_ports(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from .observe import ports
+
+    record = state.get_pod(args.pod)
+    require_root()
+    served = ports.look(record)
+    if args.json:
+        print_json([asdict(one) for one in served])
+    else:
+        print_table(*ports.port_rows(served))
+    return ExitCode.OK
+
+
+def cmd_pcap(args: argparse.Namespace) -> int:
+    from .observe import pcap
+
+    target = pcap.find_target(args.target)
+    require_root()
+    pcap.capture(target, args.write, count=args.count, expression=" ".join(args.filter), say=note)
     return ExitCode.OK
 
 
@@ -387,6 +465,9 @@ COMMANDS: dict[tuple[str, str | None], Callable[[argparse.Namespace], int]] = {
     ("pod", "rm"): cmd_pod_rm,
     ("pod", "exec"): cmd_pod_exec,
     ("flows", None): cmd_flows,
+    ("stats", None): cmd_stats,
+    ("ports", None): cmd_ports,
+    ("pcap", None): cmd_pcap,
     ("gc", None): cmd_gc,
     ("doctor", None): cmd_doctor,
     ("build-default", None): cmd_build_default,

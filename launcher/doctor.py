@@ -43,6 +43,7 @@ def examine() -> list[Finding]:
         _qemu_img,
         _kvm,
         _runtime,
+        _dumpcap,
     )
     return [check() for check in checks]
 
@@ -162,3 +163,7 @@ def _runtime() -> Finding:
         remedy="apt-get install runc",
         required=False,
     )
+
+
+def _dumpcap() -> Finding:
+    return _command("dumpcap", "wireshark-common", ["--version"], required=False)

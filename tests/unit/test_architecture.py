@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 # Each module may import those in the rows below its own, and `timeline`, which imports nothing.
 LAYERS = (
     {"cli", "__main__"},
-    {"foreground", "demo", "doctor", "control", "bundle", "arguments"},
+    {"foreground", "demo", "doctor", "control", "bundle", "arguments", "observe"},
     {"run", "container"},
     {"pod", "image", "guests", "vmm", "console"},
     {"reset"},

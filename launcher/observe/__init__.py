@@ -1,0 +1,11 @@
+"""Looking inside pods: who talks to whom, how much, through which sockets. Reads; changes nothing.
+
+sample    a pod at one moment: links, flows, counters, guests' processes
+sockets   the sockets of the processes in a pod's namespace
+follow    two flow tables -> what has happened between them
+stats     two samples -> rates
+ports     who serves what
+pcap      packets, by dumpcap
+graph     a picture
+metrics   for Prometheus
+"""
