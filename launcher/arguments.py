@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +62,14 @@ def interval(text: str) -> float:
     if not 0.05 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.05 to 3600")
     return value
+
+
+def listen_address(text: str) -> tuple[IPv4Address | IPv6Address, int]:
+    address, _, port = text.rpartition(":")
+    try:
+        return ip_address(re.sub(r"^\[(.*)\]$", r"\1", address or "127.0.0.1")), port_number(port)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: {address!r} is not an IP address") from None
 
 
 def positive(text: str) -> int:
@@ -166,6 +176,10 @@ def parser() -> argparse.ArgumentParser:
     pcap.add_argument("--count", type=positive, metavar="N", help="end after N packets")
     pcap.add_argument("filter", nargs="*", metavar="FILTER", help="as in pcap-filter(7), such as: tcp port 80")
 
+    metrics = add("metrics", "all that can be counted, for Prometheus")
+    how = metrics.add_mutually_exclusive_group(required=True)
+    how.add_argument("--listen", type=listen_address, metavar="[ADDRESS:]PORT", help="serve it (ADDRESS: 127.0.0.1)")
+    how.add_argument("--once", action="store_true", help="print it, for the textfile collector")
     gc = add("gc", "clean up after crashes", as_json=True)
     gc.add_argument("--kill", action="store_true", help="end guests that run without a supervisor")
     add("doctor", "check what this machine offers, with remedies", as_json=True)

@@ -407,6 +407,17 @@ def cmd_pcap(args: argparse.Namespace) -> int:
 # --- the host ---
 
 
+def cmd_metrics(args: argparse.Namespace) -> int:
+    from .observe import metrics
+
+    require_root()
+    if args.once:
+        print(metrics.text(), end="")
+    else:
+        metrics.serve(*args.listen, say=note)
+    return ExitCode.OK
+
+
 def cmd_gc(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
@@ -468,6 +479,7 @@ COMMANDS: dict[tuple[str, str | None], Callable[[argparse.Namespace], int]] = {
     ("stats", None): cmd_stats,
     ("ports", None): cmd_ports,
     ("pcap", None): cmd_pcap,
+    ("metrics", None): cmd_metrics,
     ("gc", None): cmd_gc,
     ("doctor", None): cmd_doctor,
     ("build-default", None): cmd_build_default,
