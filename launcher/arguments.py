@@ -154,6 +154,11 @@ def parser() -> argparse.ArgumentParser:
     pod_exec.add_argument("pod", metavar="POD")
     pod_exec.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
 
+    graph = add("graph", "draw a pod: containers, guests, ports, flows with their rates", to=pod_commands)
+    graph.add_argument("pod", metavar="POD")
+    graph.add_argument("-o", "--output", type=Path, metavar="FILE.svg", help="instead of stdout")
+    add_interval(graph, "what rates are taken over")
+
     flows = add("flows", "a pod's flows, and what the router dropped and why", as_json=True)
     flows.add_argument("pod", metavar="POD")
     flows.add_argument("-f", "--follow", action="store_true", help="a line when a flow opens, changes state, ends")

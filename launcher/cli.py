@@ -307,6 +307,22 @@ def cmd_pod_exec(args: argparse.Namespace) -> int:
         return ExitCode.NOT_RUNNABLE
 
 
+def cmd_pod_graph(args: argparse.Namespace) -> int:
+    from .observe import graph, svg
+
+    record = state.get_pod(args.pod)
+    require_root()
+    picture = svg.draw(graph.look(record, args.interval))
+    if args.output is None:
+        print(picture, end="")
+        return ExitCode.OK
+    try:
+        args.output.write_text(picture)
+    except OSError as exc:
+        raise UklaunchError(f"cannot write {args.output}: {exc.strerror}") from exc
+    return ExitCode.OK
+
+
 def cmd_flows(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
@@ -475,6 +491,7 @@ COMMANDS: dict[tuple[str, str | None], Callable[[argparse.Namespace], int]] = {
     ("pod", "inspect"): cmd_pod_inspect,
     ("pod", "rm"): cmd_pod_rm,
     ("pod", "exec"): cmd_pod_exec,
+    ("pod", "graph"): cmd_pod_graph,
     ("flows", None): cmd_flows,
     ("stats", None): cmd_stats,
     ("ports", None): cmd_ports,

@@ -38,14 +38,15 @@ class FlowEvent:
     flow: Flow  # for one that is gone: as it was seen last
 
 
-def _key(flow: Flow) -> _Key:
+def key_of(flow: Flow) -> _Key:
+    """What tells it from others that live at the same time."""
     return flow.protocol, flow.opener, flow.dialled, flow.server
 
 
 def compare(before: Sequence[Flow], after: Sequence[Flow], elapsed_s: float) -> list[tuple[What, Flow]]:
     """What must have happened between two looks at the table, ends first."""
-    old = {_key(flow): flow for flow in before}
-    new = {_key(flow): flow for flow in after}
+    old = {key_of(flow): flow for flow in before}
+    new = {key_of(flow): flow for flow in after}
     ended, begun = [], []
     for key, was in old.items():
         now = new.get(key)

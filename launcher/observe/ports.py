@@ -97,20 +97,20 @@ def _with_conflict(
 
     if one.guest is None:
         callers = _callers(one, record)
-        others = [guest.owner for guest in guests if same(guest)] if callers else []
-        return replace(one, conflict=f"shadows guest {', '.join(others)} for {callers}" if others else "")
+        others = [guest.owner for guest in guests if same(guest)] if callers is not None else []
+        return replace(one, conflict=f"shadows guest {', '.join(others)}{callers}" if others else "")
     for other in containers:
-        if same(other) and (callers := _callers(other, record)):
-            return replace(one, conflict=f"shadowed by {other.owner} for {callers}")
+        if same(other) and (callers := _callers(other, record)) is not None:
+            return replace(one, conflict=f"shadowed by {other.owner}{callers}")
     return one
 
 
-def _callers(listener: Served, record: state.PodRecord) -> str:
-    """Whose `localhost` the socket takes, or '': bpf/localhost.c, decide()."""
+def _callers(listener: Served, record: state.PodRecord) -> str | None:
+    """Whose `localhost` the socket takes, as words for after its name; None: nobody's. bpf/localhost.c, decide()."""
     bridge = ip_interface(record.ipv4 if listener.family == 4 else record.ipv6).ip
     if listener.address is None or str(listener.address) in ("127.0.0.1", "::1"):
-        return "all"
-    return "guests" if listener.address == bridge else ""
+        return ""
+    return " for guests" if listener.address == bridge else None
 
 
 def format_address(served: Served) -> str:
