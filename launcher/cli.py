@@ -385,6 +385,8 @@ def cmd_stats(args: argparse.Namespace) -> int:
             print_table(*stats.total_rows(usages))
         return ExitCode.OK
     in_place = sys.stdout.isatty() and not args.json
+    if in_place:
+        print("\x1b[2J", end="", flush=True)
     for usages in stats.usage_rates(args.pod, args.interval):
         lines = table_lines(*stats.rate_rows(usages))
         if args.json:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .sample import in_pod
 _RECEIVED = re.compile(r"^Packets received/dropped on interface '(?:Loopback: )?(.*)': (\d+)/\d+", re.MULTILINE)
 _LOST = re.compile(r"\(pcap:(\d+)/dumpcap:(\d+)/")  # not those beyond --count, which are "flushed"
 _GONE = re.compile(r'The network adapter "(.*)" is no longer attached')
+_FLUSH_S = 0.5  # dumpcap reads every 250 ms (its CAP_READ_TIMEOUT), and when told to end does not read once more
 _READY = "File: "  # said when every interface is open and the filter is set
 
 
@@ -120,8 +122,13 @@ def _interfaces_left(record: state.PodRecord) -> list[str]:
 
 @contextmanager
 def _handing_on_signals(process: subprocess.Popen[str]) -> Iterator[None]:
+    """SIGINT and SIGTERM end it in order, once it has read what the kernel has captured up to now."""
+
+    def end(*_: object) -> None:
+        threading.Timer(_FLUSH_S, process.send_signal, (signal.SIGINT,)).start()
+
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: process.send_signal(signal.SIGINT)) for number in numbers]
+    before = [signal.signal(number, end) for number in numbers]
     try:
         yield
     finally:

@@ -182,23 +182,27 @@ def total_rows(usages: Sequence[Usage]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def rate_rows(usages: Sequence[Usage]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    return (
-        ("POD / GUEST", "IN", "OUT", "PACKETS IN", "PACKETS OUT", "FLOWS", "DROPS/s", "CPU", "MEMORY"),
-        [
-            (
-                _name(usage),
-                format_scaled(usage.traffic.bytes_in * 8, "b/s"),
-                format_scaled(usage.traffic.bytes_out * 8, "b/s"),
-                format_scaled(usage.traffic.packets_in, "/s"),
-                format_scaled(usage.traffic.packets_out, "/s"),
-                _or_dash(usage.flows, "{}"),
-                _or_dash(usage.drops, "{:.0f}"),
-                _or_dash(usage.cpu_s, "{:.0%}"),
-                _memory(usage),
-            )
-            for usage in usages
-        ],
-    )
+    """Columns of numbers keep their widths from one table to the next."""
+    headings = ("POD / GUEST", "IN", "OUT", "PACKETS IN", "PACKETS OUT", "FLOWS", "DROPS/s", "CPU", "MEMORY")
+    widths = (0, 10, 10, 11, 11, 5, 7, 5, 0)
+    rows = [
+        (
+            _name(usage),
+            format_scaled(usage.traffic.bytes_in * 8, "b/s"),
+            format_scaled(usage.traffic.bytes_out * 8, "b/s"),
+            format_scaled(usage.traffic.packets_in, "/s"),
+            format_scaled(usage.traffic.packets_out, "/s"),
+            _or_dash(usage.flows, "{}"),
+            _or_dash(usage.drops, "{:.0f}"),
+            _or_dash(usage.cpu_s, "{:.0%}"),
+            _memory(usage),
+        )
+        for usage in usages
+    ]
+    first, *others = [
+        tuple(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows)
+    ]
+    return first, others
 
 
 def redraw(lines: Sequence[str], size: tuple[int, int]) -> str:

@@ -201,8 +201,8 @@ def test_rates() -> None:
     assert (pod.kind, pod.drops, pod.memory_bytes) == (Kind.POD, 3, 180 << 20)
     assert (lo.name, lo.traffic.bytes_in, lo.cpu_s) == ("lo", 0, None)
     headings, rows = rate_rows([pod, web])
-    assert dict(zip(headings, rows[1], strict=True)) == {
-        "POD / GUEST": "  web",
+    assert {heading.strip(): cell.strip() for heading, cell in zip(headings, rows[1], strict=True)} == {
+        "POD / GUEST": "web",
         "IN": "16.0 kb/s",
         "OUT": "0 b/s",
         "PACKETS IN": "0 /s",
