@@ -337,6 +337,12 @@ def test_what_cannot_be_captured(pod: PlayedPod, args: tuple[str, ...], code: in
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_missing_dumpcap_is_named_with_its_package(pod: PlayedPod) -> None:
+    result = uklaunch("pcap", POD, "-w", "x", wrap='PATH=/nowhere exec "$@"')
+    assert result.returncode == 125, shown(result)
+    assert "apt-get install wireshark-common" in result.stderr
+
+
 # --- graph, metrics ---
 
 
