@@ -44,7 +44,7 @@ def key_of(flow: Flow) -> _Key:
 
 
 def compare(before: Sequence[Flow], after: Sequence[Flow], elapsed_s: float) -> list[tuple[What, Flow]]:
-    """What must have happened between two looks at the table, ends first."""
+    """What must have happened between two looks at the table: what is gone, then the others, oldest first."""
     old = {key_of(flow): flow for flow in before}
     new = {key_of(flow): flow for flow in after}
     ended, begun = [], []
@@ -53,7 +53,7 @@ def compare(before: Sequence[Flow], after: Sequence[Flow], elapsed_s: float) -> 
         gone = now is None or now.age_s < elapsed_s  # or it is another one by the same name
         if gone and is_live(was):
             ended.append((What.ENDED, was))
-    for key, now in new.items():
+    for key, now in sorted(new.items(), key=lambda item: -item[1].age_s):
         earlier = old.get(key)
         if earlier is None or now.age_s < elapsed_s:
             begun.append((What.OPENED, now))

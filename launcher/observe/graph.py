@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import router
+from router.model import FlowState
 from router.trace import format_bytes
 
 from .. import pod, state
@@ -44,7 +45,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edge:
-    """Live flows from one node to a port of another, together. Rates are frames' bytes per second."""
+    """Flows from one node to a port of another, together. Rates are frames' bytes per second."""
 
     opener: int  # an index into the graph's nodes
     server: int
@@ -79,7 +80,11 @@ def look(record: state.PodRecord, seconds: float) -> Graph:
 def build(before: PodSample, after: PodSample, served: Sequence[Served], sockets: Sequence[Socket]) -> Graph:
     nodes: dict[Owner | int, Node] = {}
     usage = {one.name: one for one in rates(before, after) if one.kind == Kind.GUEST}
-    flows = [flow for flow in after.flows if is_live(flow)]
+    seconds = after.at_s - before.at_s
+    # Also those that have ended meanwhile: many short ones are traffic, too.
+    flows = [
+        flow for flow in after.flows if is_live(flow) or (flow.state == FlowState.CLOSED and flow.idle_s < seconds)
+    ]
     owners = _Owners(sockets)
 
     for one in served:
@@ -114,8 +119,8 @@ def build(before: PodSample, after: PodSample, served: Sequence[Served], sockets
         nodes=list(nodes.values()),
         edges=edges,
         footer=(
-            f"{len(flows)} live {'flow' if len(flows) == 1 else 'flows'}, {whole.drops or 0:.0f} drops/s"
-            f" · rates over {after.at_s - before.at_s:.1f} s · {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            f"{len(flows)} {'flow' if len(flows) == 1 else 'flows'}, {whole.drops or 0:.0f} drops/s"
+            f" · rates over {seconds:.1f} s · {time.strftime('%Y-%m-%d %H:%M:%S')}"
         ),
     )
 

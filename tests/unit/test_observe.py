@@ -163,7 +163,7 @@ def test_a_port_of_both_families_is_one_row_and_the_only_guest_has_the_rest() ->
 def test_what_happened_between_two_looks() -> None:
     stays, ends, goes, closed = (flow(80, sport=sport) for sport in (1, 2, 3, 4))
     before = [stays, ends, goes, replace(closed, state=FlowState.CLOSED)]
-    new, brief = replace(flow(81), age_s=0.1), replace(flow(82), age_s=0.1, state=FlowState.REFUSED)
+    new, brief = replace(flow(81), age_s=0.2), replace(flow(82), age_s=0.1, state=FlowState.REFUSED)
     after = [stays, replace(ends, state=FlowState.CLOSED), new, brief]
     assert compare(before, after, 1) == [
         (What.ENDED, goes),
@@ -265,6 +265,8 @@ def test_the_picture_of_a_pod() -> None:
         flow(8080, sport=40001),  # another
         flow(80, opener=2, server=None),  # web to nginx
         flow(5432, opener=2, server=3),  # web to db
+        replace(flow(81, opener=2, server=None), state=FlowState.CLOSED),  # web to "web", ended meanwhile
+        replace(flow(82, opener=2, server=None), state=FlowState.CLOSED, idle_s=3),  # ended before
         replace(flow(1), state=FlowState.REFUSED),
     )
     earlier = tuple(replace(one, bytes_sent=500, bytes_received=2000) for one in flows)
@@ -278,10 +280,11 @@ def test_the_picture_of_a_pod() -> None:
     assert found == {
         ("curl", "web", 8080): (2, 500),
         ("web", "nginx", 80): (1, 250),
+        ("web", "web", 81): (1, 250),
         ("web", "<db> & co", 5432): (1, 250),
     }
     _, edges, texts = picture(graph)
-    assert len(edges) == 3
+    assert len(edges) == 4
     for text in ("curl", "2 processes", "<db> & co", "8080 tcp", "4.0 kb/s · 2 flows", "shadowed by nginx"):
         assert text in texts
 
