@@ -164,10 +164,11 @@ def items(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, byte
                 raise OSError(code, os.strerror(code))
             done = True  # ENOENT: that was the last of it
         (count,) = struct.unpack_from("I", buffer.raw, 32)
+        raw_keys, raw_values = keys_.raw, values.raw  # each use of .raw copies the whole of it
         for i in range(count):
             yield (
-                keys_.raw[i * key_size : (i + 1) * key_size],
-                values.raw[i * value_size : (i + 1) * value_size],
+                raw_keys[i * key_size : (i + 1) * key_size],
+                raw_values[i * value_size : (i + 1) * value_size],
             )
         if done:
             return
