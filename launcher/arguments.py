@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     flows = add("flows", "a pod's flows, and what the router dropped and why", as_json=True)
     flows.add_argument("pod", metavar="POD")
     flows.add_argument("-f", "--follow", action="store_true", help="a line when a flow opens, changes state, ends")
-    add_interval(flows, "with -f: the flow table is sampled this often; what a flow went through in between is not seen")
+    add_interval(flows, "with -f: the flow table is sampled this often; states in between are not seen")
 
     add("ports", "who serves what in a pod, and conflicts", as_json=True).add_argument("pod", metavar="POD")
 

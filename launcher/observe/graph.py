@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_interface
 
 import router
 from router.model import FlowState
@@ -16,6 +17,8 @@ from .ports import Known, Served, served_ports
 from .sample import GuestSample, PodSample, is_live, sample
 from .sockets import NOBODY, Owner, Socket, read_sockets
 from .stats import Kind, rates
+
+OUTSIDE = Owner("outside", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +88,7 @@ def build(before: PodSample, after: PodSample, served: Sequence[Served], sockets
     flows = [
         flow for flow in after.flows if is_live(flow) or (flow.state == FlowState.CLOSED and flow.idle_s < seconds)
     ]
-    owners = _Owners(sockets)
+    owners = _Owners(after.record, sockets)
 
     for one in served:
         if one.guest is None:
@@ -126,7 +129,9 @@ def build(before: PodSample, after: PodSample, served: Sequence[Served], sockets
 
 
 def _container(name: str, pids: set[int]) -> Node:
-    if pids and 0 not in pids:
+    if name == OUTSIDE.name:
+        line = "by the pod's uplink"
+    elif pids and 0 not in pids:
         line = f"pid {min(pids)}" if len(pids) == 1 else f"{len(pids)} processes"
     else:
         line = "its process has ended"
@@ -165,7 +170,8 @@ def _ports(served: Sequence[Served]) -> Iterator[tuple[Owner | int, Port]]:
 class _Owners:
     """Which process, or guest, is at a flow's ends. Processes of one name that serve nothing count as one, of pid 0."""
 
-    def __init__(self, sockets: Sequence[Socket]) -> None:
+    def __init__(self, record: state.PodRecord, sockets: Sequence[Socket]) -> None:
+        self._bridge = {ip_interface(record.ipv4).ip, ip_interface(record.ipv6).ip}
         servers = {sock.owner for sock in sockets if sock.listening}
         self.clients: dict[str, set[int]] = {}
         self._connected: dict[tuple[str, int], Owner] = {}
@@ -185,8 +191,11 @@ class _Owners:
         if end.guest is not None:
             return end.guest
         # A UDP socket that is not connected listens, too.
-        listening = self._listening.get((flow.protocol, end.address.version, end.port), NOBODY)
-        return self._connected.get((flow.protocol, end.port), listening)
+        listening = self._listening.get((flow.protocol, end.address.version, end.port))
+        owner = self._connected.get((flow.protocol, end.port), listening)
+        if owner is None:
+            owner = NOBODY if end.address.is_loopback or end.address in self._bridge else OUTSIDE
+        return owner
 
     def server(self, flow: router.Flow) -> Owner | int:
         end = flow.server

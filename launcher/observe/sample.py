@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,7 @@ def sample(record: state.PodRecord, table: router.Router) -> PodSample:
     """Raises UklaunchError if the pod's namespace is gone."""
     links = in_pod(record, _read_links)
     flows = tuple(table.flows(record.id))
+    live = Counter(guest for flow in flows if is_live(flow) for guest in {flow.opener.guest, flow.server.guest})
     running = {guest.index: guest for guest in pod.running_guests(record.name)}
     guests = []
     for row in table.guests(record.id):
@@ -122,7 +124,7 @@ def sample(record: state.PodRecord, table: router.Router) -> PodSample:
                 index=row.index,
                 tap=tap,
                 traffic=traffic.turned(),
-                flows=sum(1 for flow in flows if is_live(flow) and row.index in (flow.opener.guest, flow.server.guest)),
+                flows=live[row.index],
                 record=guest,
                 process=read_process(guest) if guest else None,
             )

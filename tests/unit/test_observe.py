@@ -289,6 +289,13 @@ def test_the_picture_of_a_pod() -> None:
         assert text in texts
 
 
+def test_a_caller_without_a_process_is_told_from_one_outside() -> None:
+    outside = replace(flow(80), opener=Endpoint(guest=None, address=IPv4Address("10.4.0.7"), port=4000))
+    now = sample(1, (guest(2, "web"),), (flow(80), outside))
+    graph = build(replace(now, at_s=0), now, [], [])
+    assert [(graph.nodes[edge.opener].title, edge.flows) for edge in graph.edges] == [("container", 1), ("outside", 1)]
+
+
 def test_a_node_of_very_many_ports_is_cut() -> None:
     rows = [PortRow(protocol="tcp", family=4, number=number, guest=2, declared=False) for number in range(1, 41)]
     served = served_ports(POD, rows, {2: "x" * 48}, [])
