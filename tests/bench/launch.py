@@ -1,9 +1,9 @@
-"""What a launch is made of, and what the quick commands cost: whole processes, timed from outside."""
+"""How long a launch takes and what it is made of, the router's loading, the quick commands: whole processes, timed from
+outside. Milliseconds throughout."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -30,6 +30,7 @@ STEPS = (
 )
 # Between these the time is Python's imports, not our work.
 IMPORTS = {"cli", "trio", "pyroute2"}
+GOALS = {"first load": 600.0, "vmm-exec": 450.0, "own steps": 60.0, "command": 60.0}  # ms
 
 
 def launch(repeats: int) -> dict[str, float]:
@@ -62,13 +63,12 @@ def own_work_ms(steps: dict[str, float]) -> float:
 
 
 def commands(repeats: int) -> dict[str, float]:
-    """Milliseconds of whole commands, medians, beside a running guest; and the supervisor's memory."""
+    """Milliseconds of whole commands, medians, beside a running guest."""
     subprocess.run(
         [UKLAUNCH, "run", "default", "--pod", POD, "--name", "n", "-d", "--rm", "--cmdline", "sleep 1000"],
         check=True,
         capture_output=True,
     )
-    record = json.loads(subprocess.run([UKLAUNCH, "inspect", f"{POD}/n"], check=True, capture_output=True).stdout)
     took: dict[str, list[float]] = {}
     for _ in range(repeats):
         for name, command in {
@@ -81,10 +81,8 @@ def commands(repeats: int) -> dict[str, float]:
             began = time.perf_counter()
             subprocess.run(command, capture_output=True, check=False)
             took.setdefault(name, []).append((time.perf_counter() - began) * 1000)
-    pss = Path(f"/proc/{record['supervisor_pid']}/smaps_rollup").read_text()
-    kib = int(next(line for line in pss.splitlines() if line.startswith("Pss:")).split()[1])
     subprocess.run([UKLAUNCH, "stop", f"{POD}/n"], check=True)
-    return {**{name: statistics.median(values) for name, values in took.items()}, "supervisor PSS MiB": kib / 1024}
+    return {name: statistics.median(values) for name, values in took.items()}
 
 
 def router_load(repeats: int) -> dict[str, float]:
@@ -107,3 +105,26 @@ def router_load(repeats: int) -> dict[str, float]:
             finally:
                 subprocess.run(["umount", directory], check=True)
     return {name: statistics.median(values) for name, values in took.items()}
+
+
+def measure(repeats: int) -> dict[str, dict[str, float]]:
+    return {"steps": launch(repeats), "router": router_load(max(1, repeats - 2)), "commands": commands(2 * repeats)}
+
+
+def _line(name: str, value: float, goal: float | None = None) -> None:
+    met = "" if goal is None else f"  {'meets' if value <= goal else 'MISSES'} the goal ({goal:.0f} ms)"
+    print(f"{name:<36}{value:>10.1f}{met}")
+
+
+def show(results: dict[str, dict[str, float]]) -> None:
+    steps, router, quick = results["steps"], results["router"], results["commands"]
+    print(f"\n{'router':<36}{'ms':>10}")
+    _line("first load on a host", router["first load"], GOALS["first load"])
+    _line("opened later", router["open"])
+    print(f"\n{'launch, new pod, warm host':<36}{'ms':>10}   (QEMU loads beside what follows it)")
+    for step, at in sorted(steps.items(), key=lambda item: item[1]):
+        _line(step, at, GOALS.get(step))
+    _line("our own steps before QEMU's exec", own_work_ms(steps), GOALS["own steps"])
+    print(f"\n{'whole commands':<36}{'ms':>10}")
+    for name, value in quick.items():
+        _line(name, value, None if name.startswith("python") else GOALS["command"])
