@@ -131,7 +131,7 @@ def proxy() -> Iterator[Lab]:
         for family, port in PROXY_PORTS.items():
             listen = f"TCP{family}-LISTEN:{port},bind={loopback[family]},fork,reuseaddr,nodelay"
             connect = f"{guest[family]}:{PROXIED_PORT},nodelay"
-            # Warnings and notices, of which one says that it listens; nobody reads what follows, and it is little.
+            # Warnings and notices, of which one says that it listens.
             command = inside(made.netns, "socat", "-d", "-d", listen, connect)
             stack.enter_context(serving(command, "listening"))
         yield made

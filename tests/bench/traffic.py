@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +218,14 @@ def serving(command: list[str], says: str) -> Iterator[None]:
                 break
         else:
             raise Unmeasurable(f"{' '.join(command[2:4])} does not start: {heard.strip()}")
-        yield
+        # A proxy goes on to tell of every connection: somebody must read it, or it stops when the pipe is full.
+        reader = threading.Thread(target=process.stdout.read, daemon=True)
+        reader.start()
+        try:
+            yield
+        finally:
+            process.terminate()
+            reader.join()
     finally:
         process.terminate()
         process.communicate()
