@@ -2,7 +2,7 @@
 #
 #   make demo    two guests and a container share localhost, shown and proven
 #   make test    the whole test suite (PYTEST_ARGS="-k localhost" for a part of it)
-#   make bench   what the router costs, against its alternatives
+#   make bench   what the router costs, against its alternatives (BENCH_ARGS="--quick compare" for a part of it)
 #   make lint    ruff and mypy
 
 SHELL := /bin/bash
@@ -45,6 +45,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PYTHON) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PYTHON) -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
 # Compiled once, here: whoever runs with PYTHONDONTWRITEBYTECODE would compile them at every start.
 .PHONY: bytecode
 bytecode: $(VENV)/.installed
@@ -60,8 +64,8 @@ setup-test: packages packages-test setup $(VENV)/.installed-dev bytecode
 test: setup-test
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
-bench: setup-test
-	$(PYTHON) -m tests.bench
+bench: setup-test $(VENV)/.installed-bench
+	$(PYTHON) -m tests.bench $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
