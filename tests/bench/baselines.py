@@ -1,6 +1,6 @@
 """What the router is compared with, each in a pod-like namespace of its own without the router.
 
-bridge        topology.lab as it is: the client dials the guest's own address, nothing is translated
+bridge        topology.lab as it is: the client dials the server's own address, nothing is translated
 DNAT          nftables rewrites 127.0.0.1 to the guest's address, conntrack takes it back. IPv4 only: the kernel has no
               route_localnet for IPv6, a ::1 that was rewritten never arrives (tried: the connection times out).
               From guest to container it would need a server that is not bound to loopback, or a second such rule.
@@ -235,8 +235,10 @@ def way(client: Path, server: Path, bind: str, dial: str) -> Callable[[], Way]:
 
 
 def bridge_of(name: str) -> str:
-    """The bridge that an alternative is compared with: the one of its family."""
-    return "bridge, IPv6" if name.endswith("IPv6") else "bridge, IPv4"
+    """The bridge that an alternative is compared with: the one of its direction and family. Directions differ: what
+    comes from a guest passes through a softirq more."""
+    direction = "guest to container" if "guest to container" in name else "container to guest"
+    return f"bridge, {direction}, {name[-4:]}"
 
 
 def _unmeasurable(why: Unmeasurable) -> Callable[[], Way]:
@@ -261,8 +263,10 @@ def ways(stack: contextlib.ExitStack) -> dict[str, Callable[[], Way]]:
     except Unmeasurable as exc:
         mirred_lo = _unmeasurable(exc)
     return {
-        "bridge, IPv4": way(plain.netns, plain.guests[0], GUEST4, GUEST4),
-        "bridge, IPv6": way(plain.netns, plain.guests[0], GUEST6, GUEST6),
+        "bridge, container to guest, IPv4": way(plain.netns, plain.guests[0], GUEST4, GUEST4),
+        "bridge, container to guest, IPv6": way(plain.netns, plain.guests[0], GUEST6, GUEST6),
+        "bridge, guest to container, IPv4": way(plain.guests[0], plain.netns, BRIDGE4, BRIDGE4),
+        "bridge, guest to container, IPv6": way(plain.guests[0], plain.netns, BRIDGE6, BRIDGE6),
         "router, container to guest, IPv4": way(routed.netns, guest, "0.0.0.0", "127.0.0.1"),
         "router, container to guest, IPv6": way(routed.netns, guest, "::", "::1"),
         "router, guest to container, IPv4": way(guest, routed.netns, "127.0.0.1", BRIDGE4),
