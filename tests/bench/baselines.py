@@ -20,8 +20,8 @@ tc-mirred, localhost
               a port that nobody serves is refused, but ICMP errors keep the wrong addresses inside; IPv6 and UDP would
               need the same filters again; fragments and IP options are not understood (u32 reads ports at a fixed
               place); csum recomputes what a checksum offload would do, and leaves GSO packets' checksums wrong, which
-              a veth or vnet_hdr's receiver does not look at. It needs act_pedit, act_csum and act_skbedit: where the
-              kernel has none, tc says so and the row stays empty.
+              a veth or vnet_hdr's receiver does not look at. It needs act_pedit, act_csum and act_skbedit (Debian's
+              kernels have them: tried with 6.1); where the kernel has none, the row stays empty.
 """
 
 from __future__ import annotations
