@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import pod
+from launcher.errors import UklaunchError
 
 from . import compare, launch, memory, rates, scale
 from .traffic import Unmeasurable
@@ -79,6 +80,8 @@ def main() -> int:
     if unknown := [name for name in names if name not in (*QUESTIONS, "plot")]:
         parser.error(f"no such question: {', '.join(unknown)} (there are {', '.join(QUESTIONS)}, and plot)")
 
+    if os.geteuid() != 0:
+        parser.exit(1, "run this as root: it makes network namespaces\n")
     here = machine()
     results = read_results(here)
     print(*(f"{key}: {value}" for key, value in here.items()), f"commit: {commit()}", sep="\n")
@@ -92,8 +95,8 @@ def main() -> int:
         began = time.monotonic()
         try:
             answer = measure(args.quick)
-        except Unmeasurable as exc:
-            print(f"\n{name}: {exc}", file=sys.stderr)
+        except (Unmeasurable, UklaunchError) as exc:
+            print(f"\n{name}: {exc}", getattr(exc, "hint", ""), sep="\n", file=sys.stderr)
             status = 1
             continue
         show(answer)

@@ -7,6 +7,7 @@ whiskers are the quartiles of all rounds.
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .turns import Row
 ROUTER, BASE, OTHER, SOFT = "#1f6fb4", "#55606b", "#b9c0c7", "#8c959d"
 GOAL, BAD, INK = "#2e9e5b", "#c8553d", "#22292f"
 FLOW_SHADES = ("#9cc8ec", "#4b96d1", "#124f86")
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind words that a line would cross
 STEP_NAMES = {
     "cli": "Python and the command line",
     "args": "image identified",
@@ -79,9 +81,8 @@ def against_the_bridge(ax: Axes, rows: list[Row], metric: str, unit: Callable[[f
     """Bars of the ratio to the bridge, cut off at `edge`; beside each what was measured."""
     for at, row in enumerate(rows):
         if "unmeasurable" in row:
-            words = row["unmeasurable"]
-            ax.text(0.02 * edge, at, words if len(words) < 30 else "not on this kernel", color=SOFT, fontsize=7.5,
-                    style="italic", va="center")  # fmt: skip
+            words = textwrap.fill(row["unmeasurable"], 28, max_lines=2)
+            ax.text(0.02 * edge, at, words, color=SOFT, fontsize=7, style="italic", va="center", linespacing=1)
             continue
         ratio, name = row[metric]["ratio"], row["name"]
         shown = min(ratio["median"], edge)
@@ -92,8 +93,11 @@ def against_the_bridge(ax: Axes, rows: list[Row], metric: str, unit: Callable[[f
         if ratio["median"] > edge:
             words += f", {ratio['median']:.1f}x"
         inside = shown > 0.4 * edge
-        ax.text(0.02 * edge if inside else shown + 0.02 * edge, at, words, fontsize=7.5, va="center", zorder=5,
-                color="white" if inside and colour(name) != OTHER else INK)  # fmt: skip
+        place = {"fontsize": 7.5, "va": "center", "zorder": 5}
+        if inside:
+            ax.text(0.02 * edge, at, words, color=INK if colour(name) == OTHER else "white", **place)
+        else:
+            ax.text(max(shown, ratio["q3"]) + 0.02 * edge, at, words, bbox=PAPER, **place)
     goal_line(ax, 1.0, "goal")
     ax.set_xlim(0, edge)
     ax.set_ylim(len(rows) - 0.4, -0.6)
@@ -215,8 +219,8 @@ def draw_scale(axes: list[Axes], answers: dict[str, Any]) -> None:
     beside(axes[2], alone[-1], "connect", "any later one", color=ROUTER, va="bottom")
     guests_axis(axes[2], "µs")
     times = alone[-1]["ask"]["median"] / alone[0]["ask"]["median"]
-    headline(axes[2], "Opening a connection: flat but for the first",
-             f"connect(2), p50; the first takes {times:.1f} times as long with 64")  # fmt: skip
+    headline(axes[2], f"Opening a connection: {worst(rows, 'connect', least=False):.0%} at most",
+             f"of one guest alone; a port's first: {times:.1f} times with {alone[-1]['guests']} guests")  # fmt: skip
 
 
 # --- who does not use it, memory, launch ---
@@ -242,11 +246,11 @@ def draw_loopback(ax: Axes, answers: dict[str, Any]) -> None:
             va="bottom",
             fontsize=8.5,
             zorder=5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            bbox=PAPER,
         )
     ax.axvline(0, color="#c4cad0", linewidth=0.8)
     goal_line(ax, 2, "goal: 2 %")
-    reach = max(3.0, *(abs(cost) + 1 for cost in costs))
+    reach = max(3.0, *(1.5 * abs(cost) for cost in costs))
     ax.set_xlim(-reach, reach)
     ax.set_ylim(1.5, -0.7)
     ax.set_yticks([])
@@ -286,7 +290,7 @@ def draw_launch(ax: Axes, answers: dict[str, Any]) -> None:
         not_measured(ax, "Launch", "launch")
         return
     steps = answers["launch"]["steps"]
-    until = [name for name in STEPS if name != "ready"]
+    until = sorted((name for name in STEPS if name != "ready"), key=lambda name: steps[name])
     before = 0.0
     for at, name in enumerate(until):
         ax.barh(at, steps[name] - before, left=before, height=0.66, color=OTHER if name in IMPORTS else ROUTER)

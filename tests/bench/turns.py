@@ -29,8 +29,9 @@ def take_turns(alternatives: Mapping[str, Callable[[], Sample]], base: Callable[
     again; raises Unmeasurable if that is a base."""
     samples: dict[str, list[Sample]] = {name: [] for name in alternatives}
     failed: dict[str, str] = {}
+    order = list(alternatives)
     for turn in range(rounds):
-        for name in sorted(alternatives, key=list(alternatives).index, reverse=turn % 2 == 1):
+        for name in order if turn % 2 == 0 else reversed(order):
             if name in failed:
                 continue
             try:
