@@ -1,6 +1,6 @@
 """A real container in a pod, for the demo and the tests: runc or crun, joined to the namespace by its path.
 
-Nothing in it knows of uklaunch. It sees the host's programs, read-only.
+Nothing in it knows of uklaunch. It sees the host's programs, or has a root of its own; both read-only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from pathlib import Path
 
 from .errors import UklaunchError
 
+# What `docker run` grants and servers use that change their user and confine themselves, such as sshd.
+SERVER_CAPABILITIES = (
+    *("CAP_NET_BIND_SERVICE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL"),
+    *("CAP_SETUID", "CAP_SETGID", "CAP_SYS_CHROOT"),
+)
 _SHARED = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/alternatives")
 
 
@@ -25,10 +30,14 @@ class Container:
     runtime: tuple[str, ...]
     id: str
 
+    def argv(self, *command: str, user: str = "0:0") -> list[str]:
+        """The words that run a command inside, as `user` (UID:GID); signals to the runtime reach the command."""
+        return [*self.runtime, "exec", "--user", user, self.id, *command]
+
     def run(self, *command: str, timeout_s: float = 20) -> subprocess.CompletedProcess[str]:
         """Run a command inside; its output is captured."""
         return subprocess.run(
-            [*self.runtime, "exec", self.id, *command],
+            self.argv(*command),
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -46,10 +55,10 @@ def find_runtime() -> str:
 
 
 @contextlib.contextmanager
-def container(netns: Path, command: Sequence[str], *, says: str) -> Iterator[Container]:
+def container(netns: Path, command: Sequence[str], *, says: str, root: Path | None = None) -> Iterator[Container]:
     """A container in the namespace for the length of a block; entered when its command prints the line `says`.
 
-    Raises UklaunchError if it does not start.
+    `root`: a tree of files that it has instead of the host's programs. Raises UklaunchError if it does not start.
     """
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uklaunch-container-")))
@@ -57,7 +66,7 @@ def container(netns: Path, command: Sequence[str], *, says: str) -> Iterator[Con
         for path in ("proc", "dev", "tmp", "etc", *(shared[1:] for shared in _SHARED if Path(shared).exists())):
             (rootfs / path).mkdir(parents=True, exist_ok=True)
         (rootfs / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
-        (directory / "config.json").write_text(json.dumps(_config(netns, command)))
+        (directory / "config.json").write_text(json.dumps(_config(netns, command, root)))
         runtime = (find_runtime(), "--root", str(directory / "state"))
         made = Container(runtime=runtime, id=f"uk-{os.getpid()}-{directory.name[-8:]}")
         errors = stack.enter_context((directory / "errors").open("w+"))
@@ -84,14 +93,21 @@ def _remove(made: Container, process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def _config(netns: Path, command: Sequence[str]) -> object:
+def _config(netns: Path, command: Sequence[str], root: Path | None) -> object:
     """The OCI runtime's config.json: see config.md of the runtime specification."""
-    binds = [
-        {"destination": path, "type": "bind", "source": os.path.realpath(path), "options": ["rbind", "ro"]}
-        for path in _SHARED
-        if Path(path).exists()
-    ]
-    capabilities = ["CAP_NET_BIND_SERVICE"]
+    if root is None:
+        mounts = [
+            {"destination": path, "type": "bind", "source": os.path.realpath(path), "options": ["rbind", "ro"]}
+            for path in _SHARED
+            if Path(path).exists()
+        ]
+        capabilities = ["CAP_NET_BIND_SERVICE"]
+    else:
+        mounts = [
+            {"destination": path, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}
+            for path in ("/dev/shm", "/run", "/tmp")
+        ]
+        capabilities = list(SERVER_CAPABILITIES)
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -102,12 +118,12 @@ def _config(netns: Path, command: Sequence[str]) -> object:
             "noNewPrivileges": True,
             "capabilities": {kind: capabilities for kind in ("bounding", "effective", "permitted")},
         },
-        "root": {"path": "rootfs"},
+        "root": {"path": str(root or "rootfs"), "readonly": root is not None},
         "hostname": "container",
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-            *binds,
+            *mounts,
         ],
         "linux": {
             "namespaces": [

@@ -32,6 +32,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
         kernel=spec.image.kernel,
         initrds=(*spec.image.initrds, overlay(spec, nic, command)),
         cmdline=KERNEL_CMDLINE,
+        disks=_disks(spec),
         machines=(Machine.MICROVM, Machine.Q35),
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,
@@ -40,18 +41,19 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
 
 
 def _from_disk(spec: GuestSpec, nic: Nic) -> Boot:
-    disks = zip(spec.image.disks, spec.image.disks_qcow2, strict=True)
     return Boot(
         kernel=None,
-        disks=(
-            *(Disk(source=path, qcow2=qcow2) for path, qcow2 in disks),
-            Disk(source=nocloud.seed(spec, nic), readonly=True),
-        ),
+        disks=(*_disks(spec), Disk(source=nocloud.seed(spec, nic), readonly=True)),
         machines=(Machine.Q35,),
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,
         nic=nic,
     )
+
+
+def _disks(spec: GuestSpec) -> tuple[Disk, ...]:
+    disks = zip(spec.image.disks, spec.image.disks_qcow2, strict=True)
+    return tuple(Disk(source=path, qcow2=qcow2) for path, qcow2 in disks)
 
 
 def overlay(spec: GuestSpec, nic: Nic, command: str) -> bytes:

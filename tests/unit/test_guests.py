@@ -185,6 +185,14 @@ def test_linux_exit_status(console: bytes, status: int | None) -> None:
     assert linux.exit_status(console) == status
 
 
+def test_a_linux_kernel_has_the_disks_of_its_bundle(tmp_path: Path) -> None:
+    (tmp_path / "vmlinuz").write_bytes(fixtures.bzimage())
+    (tmp_path / "data.img").write_bytes(bytes(512))
+    (tmp_path / "uklaunch.toml").write_text("kernel = 'vmlinuz'\ndisks = ['data.img']")
+    boot = linux.configure(GuestSpec(name="web", pod="p", image=identify(tmp_path)), NIC)
+    assert boot.disks == (Disk(source=tmp_path / "data.img"),)
+
+
 def test_a_linux_disk_gets_a_nocloud_seed(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(fixtures.mbr(b"\xeb", (8, 8))) + bytes(16 * 512))
