@@ -27,10 +27,11 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UklaunchError
 from .model import AddressPlan, format_mac
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pyroute2 import IPRoute
 
 T = TypeVar("T")
+Interface = IPv4Interface | IPv6Interface
 
 BRIDGE = "ukbr0"
 LOOPBACK_IFINDEX = 1  # in every network namespace: include/net/net_namespace.h
@@ -55,7 +57,18 @@ LOOPBACK_SYSCTLS = {
 
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA
+_TUNSETOFFLOAD, _TUNGETIFF, _TUNSETIFINDEX = 0x400454D0, 0x800454D2, 0x400454DA
+_TUNGETVNETHDRSZ, _TUNSETVNETHDRSZ, _TUNGETDEVNETNS = 0x800454D7, 0x400454D8, 0x54E3
+# TUN_F_* of include/uapi/linux/if_tun.h by the feature that drivers/net/tun.c sets for it
+_TUN_F = {
+    "tx-checksum-ip-generic": 0x01,
+    "tx-tcp-segmentation": 0x02,
+    "tx-tcp6-segmentation": 0x04,
+    "tx-tcp-ecn-segmentation": 0x08,
+    "tx-udp-segmentation": 0x20 | 0x40,
+}
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
+_IFF_UP = 0x1
 _IFA_F_NODAD = 0x02
 _RTMGRP_NEIGH = 4
 _NUD_ANSWERED = 0x02 | 0x04 | 0x08  # REACHABLE, STALE, DELAY: include/uapi/linux/neighbour.h
@@ -174,7 +187,26 @@ def write_sysctls(netns: Path, values: Mapping[str, str]) -> dict[str, str]:
         return in_netns(netns, body)
 
 
+def read_sysctls(netns: Path, names: Iterable[str]) -> dict[str, str]:
+    """Those that exist."""
+
+    def body() -> dict[str, str]:
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = (Path("/proc/sys") / name).read_text().strip()
+        return found
+
+    with _explained("read the pod's sysctls"):
+        return in_netns(netns, body)
+
+
 # --- links ---
+
+
+def _set_tap(fd: int, name: str) -> None:
+    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
+    fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
 
 
 def open_tap(netns: Path, name: str) -> int:
@@ -183,8 +215,7 @@ def open_tap(netns: Path, name: str) -> int:
     def body() -> int:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         try:
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
-            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            _set_tap(fd, name)
         except BaseException:
             os.close(fd)
             raise
@@ -201,6 +232,64 @@ def open_tap(netns: Path, name: str) -> int:
             errno.EACCES: "run uklaunch as root",
         }.get(exc.errno or 0, "see: uklaunch doctor")
         raise UklaunchError(f"cannot make TAP {name}: {exc.strerror}", hint) from exc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapOffload:
+    """What a VMM has agreed upon with its guest: how long the header is before each frame, in bytes, and TUN_F_*."""
+
+    header: int
+    flags: int
+
+
+def tap_offload(netns: Path, fd: int, name: str) -> TapOffload:
+    """As it is now. Raises OSError if the TAP is gone."""
+    from pyroute2.ethtool.ioctl import IoctlEthtool
+
+    header = bytearray(4)
+    fcntl.ioctl(fd, _TUNGETVNETHDRSZ, header)
+
+    def body() -> int:
+        ethtool = IoctlEthtool(name)
+        try:
+            features = ethtool.get_features()
+        finally:
+            ethtool.close()
+        return sum(flag for feature, flag in _TUN_F.items() if feature in features and features.get_value(feature))
+
+    return TapOffload(header=int.from_bytes(header, "little"), flags=in_netns(netns, body))
+
+
+def restore_tap(netns: Path, fd: int, name: str, index: int, offload: TapOffload) -> None:
+    """Make a TAP again that has been deleted, or fetch it back from another namespace; who reads `fd` reads on.
+
+    A deleted TAP leaves its open file behind, detached, and a file that is detached can be attached anew
+    (drivers/net/tun.c, tun_detach_all, tun_attach). Under the same index: so the router and all flows know it.
+    """
+    with _explained(f"make TAP {name} again"):
+        try:
+            current = fcntl.ioctl(fd, _TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+        except OSError as exc:
+            if exc.errno != errno.EBADFD:
+                raise
+        else:
+            _fetch_link(netns, fd, current)
+            return
+        fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("I", index))
+        _set_tap(fd, name)
+        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", offload.header))
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, offload.flags)
+
+
+def _fetch_link(netns: Path, tap_fd: int, name: str) -> None:
+    there = fcntl.ioctl(tap_fd, _TUNGETDEVNETNS)
+    here = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with _iproute(Path(f"/proc/self/fd/{there}"), f"fetch {name} back") as ip:
+            ip.link("set", index=int(ip.link_lookup(ifname=name)[0]), net_ns_fd=here)
+    finally:
+        os.close(there)
+        os.close(here)
 
 
 @contextlib.contextmanager
@@ -229,38 +318,100 @@ def open_netlink(netns: Path, groups: int = 0) -> socket.socket:
     return in_netns(netns, body)
 
 
-def make_bridge(netns: Path, plan: AddressPlan, pod: str) -> int:
-    """The pod's bridge, up and with its addresses, and `lo` up. Returns the bridge's interface index."""
+def make_bridge(netns: Path, plan: AddressPlan, pod: str, index: int = 0) -> int:
+    """The pod's bridge, up and with its addresses, and `lo` up. Returns the bridge's interface index.
+
+    `index`: the bridge that was made once; it is made again under that index, or put right.
+    """
     with _iproute(netns, f"make bridge {BRIDGE}") as ip:
-        ip.link(
-            "add",
-            ifname=BRIDGE,
-            kind="bridge",
-            address=format_mac(plan.mac),
-            br_mcast_snooping=0,  # no querier here: neighbour discovery must reach every guest
-        )
-        index = int(ip.link_lookup(ifname=BRIDGE)[0])
-        write_sysctls(netns, _bridge_sysctls())
+        bridge = {
+            "kind": "bridge",
+            "address": format_mac(plan.mac),
+            "br_mcast_snooping": 0,  # no querier here: neighbour discovery must reach every guest
+        }
+        link = _get_link(ip, index) if index else None
+        if link is None:
+            ip.link("add", ifname=BRIDGE, **({"index": index} if index else {}), **bridge)
+            index = int(ip.link_lookup(ifname=BRIDGE)[0])
+        else:
+            _rename(ip, link, BRIDGE)
+            ip.link("set", index=index, **bridge)
+        write_sysctls(netns, bridge_sysctls())
         ip.link("set", index=index, ifalias=f"{TAG}:{pod}")
-        for address in (plan.ipv4, plan.ipv6):
-            _add_address(ip, index, str(address.ip), address.network.prefixlen)
         ip.link("set", index=index, state="up")
+        for address in (plan.ipv4, plan.ipv6):
+            _add_address(ip, index, address)
         ip.link("set", index=LOOPBACK_IFINDEX, state="up")
     return index
 
 
-def _add_address(ip: IPRoute, index: int, address: str, prefix: int) -> None:
+def _get_link(ip: IPRoute, index: int) -> Any:
+    """None if there is no such link."""
     try:
-        # Duplicate address detection would hold IPv6 back for a second; IPv4 ignores the flag.
-        flags = _IFA_F_NODAD if ":" in address else 0
-        ip.addr("add", index=index, address=address, prefixlen=prefix, flags=flags)
+        return ip.link("get", index=index)[0]
     except Exception as exc:
+        if getattr(exc, "code", None) != errno.ENODEV:
+            raise
+        return None
+
+
+def _rename(ip: IPRoute, link: Any, name: str) -> None:
+    if link.get_attr("IFLA_IFNAME") == name:
+        return
+    try:
+        ip.link("set", index=link["index"], ifname=name)
+    except Exception as exc:
+        if getattr(exc, "code", None) != errno.EBUSY:
+            raise
+        ip.link("set", index=link["index"], state="down")  # kernels before 6.2 rename no link that is up
+        ip.link("set", index=link["index"], ifname=name)
+
+
+def set_up_loopback(netns: Path, addresses: tuple[Interface, ...]) -> None:
+    """`lo` as the kernel makes it. Idempotent."""
+    with _iproute(netns, "set lo up") as ip:
+        ip.link("set", index=LOOPBACK_IFINDEX, state="up")
+        for address in addresses:
+            _add_address(ip, LOOPBACK_IFINDEX, address)
+
+
+def _add_address(ip: IPRoute, index: int, address: Interface) -> None:
+    """Put the address on the link, with its routes; anew if it is there and its routes are not."""
+    words = {"index": index, "address": str(address.ip), "prefixlen": address.network.prefixlen}
+    if address.version == 6:
+        words["flags"] = _IFA_F_NODAD  # duplicate address detection would hold it back for a second
+    try:
+        ip.addr("add", **words)
+    except Exception as exc:
+        code = getattr(exc, "code", None)
+        if code == errno.EEXIST:
+            if not _is_routed(ip, index, address):
+                ip.addr("del", **words)
+                ip.addr("add", **words)
         # IPv6 switched off on this host: the pod then has one localhost less, and works.
-        if ":" not in address or getattr(exc, "code", None) not in (errno.EACCES, errno.EOPNOTSUPP):
+        elif address.version == 4 or code not in (errno.EACCES, errno.EOPNOTSUPP):
             raise
 
 
-def _bridge_sysctls() -> dict[str, str]:
+def _is_routed(ip: IPRoute, index: int, address: Interface) -> bool:
+    """Are packets for the address ours, and do packets for its network leave by the link?"""
+    wanted = {address.ip: LOOPBACK_IFINDEX}
+    if address.network.num_addresses > 1:
+        # Not the last address, which is IPv4's broadcast.
+        wanted[next(host for host in (address.network[2], address.network[3]) if host != address.ip)] = index
+    for destination, interface in wanted.items():
+        try:
+            route = next(iter(ip.route("get", dst=str(destination))))
+        except Exception as exc:
+            if getattr(exc, "code", None) not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+                raise
+            return False
+        if route.get_attr("RTA_OIF") != interface:
+            return False
+    return True
+
+
+def bridge_sysctls() -> dict[str, str]:
     # A guest is asked for its address every 100 ms until it answers: that is how we know that it is ready.
     return {
         f"net/ipv4/neigh/{BRIDGE}/retrans_time_ms": "100",
@@ -268,6 +419,10 @@ def _bridge_sysctls() -> dict[str, str]:
         f"net/ipv6/conf/{BRIDGE}/accept_ra": "0",  # a guest is no router of the pod's
         f"net/ipv6/conf/{BRIDGE}/accept_dad": "0",
     }
+
+
+def tap_sysctls(tap: str) -> dict[str, str]:
+    return {f"net/ipv6/conf/{tap}/disable_ipv6": "1"}  # the pod's stack has no business there
 
 
 def delete_link(netns: Path, index: int) -> None:
@@ -294,13 +449,19 @@ def attach_guest(
     addresses: tuple[IPv4Address | IPv6Address, ...],
     program_fd: int,
     pod_id: int,
+    index: int = 0,
 ) -> None:
-    """Filter the TAP, then make it a port of the bridge: no frame of the guest's gets past the router."""
-    write_sysctls(netns, {f"net/ipv6/conf/{tap}/disable_ipv6": "1"})  # the pod's stack has no business there
+    """Filter the TAP, then make it a port of the bridge: no frame of the guest's gets past the router.
+
+    `index`: the TAP that has once been attached; what is amiss with it is put right.
+    """
     with _iproute(netns, f"join {tap} to {BRIDGE}") as ip:
-        index = int(ip.link_lookup(ifname=tap)[0])
-        ip.tc("add", "clsact", index)
-        _add_filter(ip, index, "ingress", program_fd, pod_id)
+        if index:
+            _rename(ip, ip.link("get", index=index)[0], tap)
+        else:
+            index = int(ip.link_lookup(ifname=tap)[0])
+        write_sysctls(netns, tap_sysctls(tap))
+        _attach_router(ip, index, "ingress", program_fd, pod_id)
         for address in addresses:  # what is known of them is of an earlier guest
             with contextlib.suppress(Exception):
                 ip.neigh("del", ifindex=bridge, dst=str(address))
@@ -308,17 +469,39 @@ def attach_guest(
 
 
 def attach_loopback(netns: Path, program_fd: int, pod_id: int) -> bool:
-    """Put the router on what leaves `lo`. Returns whether the clsact qdisc there is ours."""
+    """Put the router on what leaves `lo`, unless it is there. Returns whether the clsact qdisc has been made for it."""
     with _iproute(netns, "attach the router to lo") as ip:
-        made = True
-        try:
-            ip.tc("add", "clsact", LOOPBACK_IFINDEX)
-        except Exception as exc:
-            if getattr(exc, "code", None) != errno.EEXIST:
-                raise
-            made = False
-        _add_filter(ip, LOOPBACK_IFINDEX, "egress", program_fd, pod_id)
+        return _attach_router(ip, LOOPBACK_IFINDEX, "egress", program_fd, pod_id)
+
+
+def _attach_router(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int) -> bool:
+    """Idempotent. Returns whether the link had no clsact qdisc before."""
+    made = True
+    try:
+        ip.tc("add", "clsact", index)
+    except Exception as exc:
+        if getattr(exc, "code", None) != errno.EEXIST:
+            raise
+        made = False
+    if made or not _has_router(ip, index, hook, pod_id):
+        _add_filter(ip, index, hook, program_fd, pod_id)
     return made
+
+
+def _filters(ip: IPRoute, index: int, hook: str) -> list[tuple[int, Any]]:
+    """(preference, options or None) of each filter on the hook, in the order in which the kernel asks them."""
+    found = ip.get_filters(index=index, parent=_PARENT_NUMBERS[hook])
+    return [(message["info"] >> 16, message.get_attr("TCA_OPTIONS")) for message in found if message["handle"]]
+
+
+def _has_router(ip: IPRoute, index: int, hook: str, pod_id: int) -> bool:
+    return any(
+        preference == ROUTER_PREFERENCE
+        and hasattr(options, "get_attr")  # else a filter of another kind
+        and options.get_attr("TCA_BPF_NAME") == ROUTER_FILTER
+        and options.get_attr("TCA_BPF_CLASSID") == pod_id
+        for preference, options in _filters(ip, index, hook)
+    )
 
 
 def attach_program(netns: Path, index: int, hook: str, program_fd: int) -> None:
@@ -348,6 +531,7 @@ def detach_loopback(netns: Path, *, own_clsact: bool) -> None:
 
 
 _PARENTS = {"ingress": "ffff:fff2", "egress": "ffff:fff3"}
+_PARENT_NUMBERS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 
 
 def _add_filter(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int) -> None:
@@ -363,6 +547,93 @@ def _add_filter(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int
         classid=pod_id,
         direct_action=True,
     )
+
+
+# --- is it as it was made? ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What a link of ours is to be like; `hook` is where the router sits on it."""
+
+    label: str
+    name: str
+    index: int
+    hook: str = ""
+    alias: str = ""
+    mac: str = ""
+    master: int = 0
+    addresses: tuple[Interface, ...] = ()
+    sysctls: Mapping[str, str] = field(default_factory=dict)
+
+
+def has_ipv6(netns: Path, name: str) -> bool:
+    """Has the link's IPv6 not been switched off?"""
+
+    def body() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").read_text().strip() == "0"
+        return False
+
+    return in_netns(netns, body)
+
+
+def faults(netns: Path, device: Device, pod_id: int) -> list[str]:
+    """What is not as it is to be: "bridge ukbr0 was set down"."""
+    with _iproute(netns, f"look at {device.label}") as ip:
+        link = _get_link(ip, device.index)
+        if link is None:
+            return [f"{device.label} was removed"]
+        found = [*_link_faults(link, device), *_address_faults(ip, device)]
+        if device.hook:
+            found += _router_faults(ip, device, pod_id)
+    if link.get_attr("IFLA_IFNAME") == device.name:  # else the sysctls have another name too
+        found += [
+            f"{name.replace('/', '.')} was set to {value}"
+            for name, value in read_sysctls(netns, device.sysctls).items()
+            if value != device.sysctls[name]
+        ]
+    return [
+        f"{device.label}: {fault}" if not fault.startswith("was ") else f"{device.label} {fault}" for fault in found
+    ]
+
+
+def _link_faults(link: Any, device: Device) -> Iterator[str]:
+    if (name := link.get_attr("IFLA_IFNAME")) != device.name:
+        yield f"was renamed to {name}"
+    if not link["flags"] & _IFF_UP:
+        yield "was set down"
+    if device.mac and (mac := link.get_attr("IFLA_ADDRESS")) != device.mac:
+        yield f"was given the MAC address {mac}"
+    if device.master and link.get_attr("IFLA_MASTER") != device.master:
+        yield "was taken off its bridge"
+    if device.alias and link.get_attr("IFLA_IFALIAS") != device.alias:
+        yield "was given another alias"
+
+
+def _address_faults(ip: IPRoute, device: Device) -> Iterator[str]:
+    if not device.addresses:
+        return
+    present = {
+        (message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"), message["prefixlen"])
+        for message in ip.get_addr(index=device.index)
+    }
+    for address in device.addresses:
+        if (str(address.ip), address.network.prefixlen) not in present:
+            yield f"address {address} was removed"
+        elif not _is_routed(ip, device.index, address):
+            yield f"the route of {address} was removed"
+
+
+def _router_faults(ip: IPRoute, device: Device, pod_id: int) -> Iterator[str]:
+    if not _has_router(ip, device.index, device.hook, pod_id):
+        yield "the router was removed"
+    first = [preference for preference, _ in _filters(ip, device.index, device.hook) if preference < ROUTER_PREFERENCE]
+    if first:
+        yield (
+            f"another program was put before the router, which sees only what that one leaves; to take it off: "
+            f"tc filter del dev {device.name} {device.hook} pref {first[0]}"
+        )
 
 
 # --- is the guest there? ---

@@ -219,7 +219,7 @@ class Membership:
     tap: str
     tap_fd: int
     _lock: contextlib.ExitStack
-    _ifindex: int = 0
+    ifindex: int = 0  # of the TAP, from `connect` on
 
     @property
     def netns(self) -> Path:
@@ -247,28 +247,34 @@ class Membership:
                     f"make it anew: uklaunch pod rm --force {self.record.name}",
                 )
             nic = self.nic
-            self._ifindex = net.link_indexes(self.netns)[self.tap]
+            self.ifindex = net.link_indexes(self.netns)[self.tap]
             table.add_guest(
                 self.record.id,
                 router.GuestRow(
                     index=self.index,
-                    ifindex=self._ifindex,
+                    ifindex=self.ifindex,
                     mac=nic.mac,
                     ipv4=nic.ipv4.ip,
                     ipv6=nic.ipv6.ip,
                     ports=tuple((port.protocol.value, port.number) for port in ports),
                 ),
             )
-            net.attach_guest(
-                self.netns,
-                bridge=self.record.bridge,
-                tap=self.tap,
-                alias=f"{self.record.name}/{self.guest}",
-                addresses=(nic.ipv4.ip, nic.ipv6.ip),
-                program_fd=table.program_fd,
-                pod_id=self.record.id,
-            )
+            self.attach(table.program_fd)
         self._lock.close()
+
+    def attach(self, program_fd: int) -> None:
+        """Idempotent; under the pod's lock."""
+        nic = self.nic
+        net.attach_guest(
+            self.netns,
+            bridge=self.record.bridge,
+            tap=self.tap,
+            alias=f"{self.record.name}/{self.guest}",
+            addresses=(nic.ipv4.ip, nic.ipv6.ip),
+            program_fd=program_fd,
+            pod_id=self.record.id,
+            index=self.ifindex,
+        )
 
     def leave(self) -> None:
         """Forget the guest's ports and flows; remove the pod if `run` made it and this was its last guest."""
@@ -278,9 +284,9 @@ class Membership:
             record = state.read_pod(name)
             if record is None:
                 return
-            if self._ifindex and record.id:
+            if self.ifindex and record.id:
                 with open_router() as table:
-                    reset.reset(Path(record.netns), table.remove_guest(record.id, self._ifindex))
+                    reset.reset(Path(record.netns), table.remove_guest(record.id, self.ifindex))
             others = [guest for guest in running_guests(name) if guest.name != self.guest]
             if not others and (record.ephemeral or not record.bridge):
                 _remove(record)

@@ -27,6 +27,7 @@ from . import net, pod, state
 from .console import Console
 from .errors import ExitCode, UklaunchError, UsageError
 from .guests import FAMILIES
+from .healing import heal
 from .model import Accel, AddressPlan, Boot, ExitReason, GuestSpec, check_name, format_mac
 from .timeline import mark
 from .vmm import VMMS
@@ -153,16 +154,23 @@ class Guest:
     def update(self, **changes: object) -> None:
         self.record = state.update_guest(self.record, **changes)
 
+    def say(self, text: str) -> None:
+        """Tell a person, who may come to read it later."""
+        self.options.note(text)
+        with contextlib.suppress(OSError), self.record.supervisor_log.open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
+
     # --- tasks ---
 
     @contextlib.asynccontextmanager
-    async def _tended(self) -> AsyncIterator[None]:
+    async def _tended(self, member: pod.Membership) -> AsyncIterator[None]:
         """Watch the guest for the length of a block; stop it at the block's end, unless it has ended by itself."""
         async with trio.open_nursery() as nursery:
             copied = trio.Event()
             nursery.start_soon(self._copy_console, copied)
             nursery.start_soon(self._watch, copied)
             nursery.start_soon(self._await_ready)
+            nursery.start_soon(heal, member, self.say)
             try:
                 yield
             finally:
@@ -398,5 +406,5 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
                 guest.update(status="running", vmm_pid=vmm.pid, machine=vmm.machine.value)
                 await vmm.resume()
                 mark("resumed")
-                async with guest._tended():
+                async with guest._tended(member):
                     yield guest

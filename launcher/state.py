@@ -8,6 +8,7 @@
         supervisor.lock         held by the supervisor for as long as it lives
         vmm.lock                held by the VMM (it inherits the descriptor) for as long as it lives
         console.log
+        supervisor.log          what the supervisor had to say once the guest ran
 
 The kernel holds the truth about devices and programs; these files say whose they are. Whether something is alive
 is asked of its lock, never of a pid: pids are reused, locks end with their holder. The locks are flock(2): they
@@ -89,6 +90,10 @@ class GuestRecord:
     @property
     def console_log(self) -> Path:
         return self.directory / "console.log"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.directory / "supervisor.log"
 
 
 Record = TypeVar("Record", PodRecord, GuestRecord)
