@@ -37,23 +37,26 @@ async def heal(member: pod.Membership, say: Callable[[str], None]) -> None:
     """Until cancelled. `say` is told, in a line each, what was mended, and once what cannot be."""
     with contextlib.ExitStack() as stack:
         upkeep = await trio.to_thread.run_sync(stack.enter_context, _opened(member))
-        mends = deque[float](maxlen=OFTEN)
-        known, often = set[str](), False
+        mends, often = deque[float](maxlen=OFTEN), False
+        stuck, known = set[str](), set[str]()
         while True:
+            before = stuck
             mended, stuck = await trio.to_thread.run_sync(upkeep.check)
             if not often:
                 for what in mended:
                     say(f"mended: {what}")
-            for what in sorted(stuck - known):
+            # What happens while it is being mended looks the same as what cannot be mended, but for a second look.
+            for what in sorted(stuck & before - known):
                 say(f"cannot mend: {what}")
-            known = stuck
+            known = stuck & before
             if mended:
                 mends.append(trio.current_time())
-            before, often = often, len(mends) == OFTEN and trio.current_time() - mends[0] < OFTEN_S
-            if often and not before:
+            was_often, often = often, len(mends) == OFTEN and trio.current_time() - mends[0] < OFTEN_S
+            if often and not was_often:
                 say(f"this is changed again and again: from now on it is mended every {PATIENCE_S:g} s, without a word")
             await trio.sleep(PATIENCE_S if often else PAUSE_S)
-            await _next(upkeep.watch)
+            if stuck <= before:
+                await _next(upkeep.watch)
 
 
 async def _next(watch: Watch) -> None:
@@ -138,10 +141,9 @@ class _Upkeep:
             self.take_note()
         except UklaunchError as exc:
             return [], {exc.message}
-        before = [fault for of_device in found.values() for fault in of_device]
-        after = [fault for of_device in left.values() for fault in of_device]
+        before, after = ([fault for of_device in faults.values() for fault in of_device] for faults in (found, left))
         why = f" ({'; '.join(errors)})" if errors else ""
-        return [fault for fault in before if fault not in after], {fault + why for fault in after}
+        return [fault for fault in before if fault not in after], {fault + why for fault in after if fault in before}
 
     def faults(self) -> dict[str, list[str]]:
         """By the name of the device, in the order in which they are to be mended."""

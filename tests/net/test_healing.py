@@ -8,19 +8,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 
 import pytest
 import trio
 
 from launcher import net, pod, state
-from launcher.healing import heal
+from launcher.healing import OFTEN, heal
 
 from .conftest import PLAN, PlayedPod, ip, played_pod
 
@@ -158,6 +157,146 @@ async def test_a_strangers_deed_is_mended(deed: str, played: PlayedPod) -> None:
             for connection in open_ones:
                 await trio.to_thread.run_sync(talk, *connection)
         await trio.to_thread.run_sync(everything_works, played)
+
+
+async def test_a_bridge_is_mended_by_one_of_several_supervisors() -> None:
+    with played_pod(3, name="healing-3") as pod_of_three:
+        members = [membership(pod_of_three, guest.index) for guest in pod_of_three.guests]
+        async with supervised(*members) as heard:
+            await trio.to_thread.run_sync(run, pod_of_three, "ip link del ukbr0")
+            for member in members:
+                await heard.until(f"TAP {member.tap} was taken off its bridge")
+            await settled(heard)
+            assert sorted(heard.lines) == [
+                *(f"mended: TAP {member.tap} was taken off its bridge" for member in members),
+                "mended: bridge ukbr0 was removed",
+            ]
+        everything_works(pod_of_three)
+
+
+async def test_what_strangers_add_is_left_alone(played: PlayedPod) -> None:
+    theirs = "ip addr add 10.9.9.1/24 dev ukbr0; ip link add theirs type bridge; ip route add 10.8.0.0/16 via 10.9.9.2"
+    async with supervised(membership(played)) as heard:
+        run(played, f"ip link set ukbr0 down; ip link set ukbr0 up; {theirs}; tc qdisc add dev theirs clsact")
+        await settled(heard)
+        run(played, "ip addr show ukbr0 | grep -q 10.9.9.1; ip route | grep -q 10.8.0.0; tc qdisc | grep -q theirs")
+        run(played, "ip link del theirs; ip addr del 10.9.9.1/24 dev ukbr0")
+
+
+# --- what cannot be mended is said ---
+
+
+PASS_ALL = "bpf bytecode '1,6 0 0 4294967295'"  # classic BPF: return -1, which is a match
+
+
+async def test_another_program_before_the_router(played: PlayedPod) -> None:
+    async with supervised(membership(played)) as heard:
+        run(played, f"tc filter add dev {TAP} ingress pref 1 {PASS_ALL}")
+        await heard.until(f"cannot mend: TAP {TAP}: another program was put before the router")
+        remedy = heard.lines[-1].rpartition("to take it off: ")[2]
+        run(played, "ip link set ukbr0 down")
+        await heard.until("mended: bridge ukbr0 was set down")
+        assert sum("another program" in line for line in heard.lines) == 1
+        run(played, f"tc filter show dev {TAP} ingress | grep -q 'pref 1 '")  # it is theirs
+        run(played, remedy)
+        await settled(heard)
+        run(played, f"tc filter add dev {TAP} ingress pref 7 {PASS_ALL}")
+        await heard.until("pref 7")
+        run(played, f"tc filter del dev {TAP} ingress pref 7")
+
+
+async def test_a_name_that_was_taken(played: PlayedPod) -> None:
+    async with supervised(membership(played)) as heard:
+        with state.pod_lock(played.record.name):  # while another one works on the pod, nobody mends
+            run(played, "ip link set ukbr0 name gone; ip link add ukbr0 type bridge")
+        await heard.until("cannot mend: bridge ukbr0 was renamed to gone (cannot make bridge ukbr0: File exists)")
+        run(played, "ip link del ukbr0; ip link set gone down")
+        await heard.until("mended: bridge ukbr0 was renamed to gone")
+    everything_works(played)
+
+
+async def test_a_stranger_who_never_stops(played: PlayedPod) -> None:
+    async with supervised(membership(played)) as heard:
+        for number in range(OFTEN):
+            run(played, f"ip link set ukbr0 name again{number}")
+            await heard.until(f"renamed to again{number}")
+        await heard.until("again and again")
+        run(played, "ip link set ukbr0 name once-more")
+        await settled(heard)
+        assert sum(line.startswith("mended: bridge") for line in heard.lines) == OFTEN
+        assert sum("again and again" in line for line in heard.lines) == 1
+    run(played, "ip link set once-more name ukbr0")
+
+
+# --- TAPs ---
+
+
+@pytest.fixture
+def member() -> Iterator[pod.Membership]:
+    """A guest's place with a TAP of the kernel's, which this process reads and writes as a VMM does."""
+    with pod.joining("healing-tap", "guest") as member:
+        member.connect(())
+        yield member
+
+
+def ask_bridge(member: pod.Membership, header: int) -> bytes:
+    """ARP by the guest for the bridge's address; returns the MAC address in the answer."""
+    nic = member.nic
+    request = struct.pack(
+        "!6s6sHHHBBH6s4s6s4s",
+        *(b"\xff" * 6, nic.mac, 0x0806),
+        *(1, 0x0800, 6, 4, 1),
+        *(nic.mac, nic.ipv4.ip.packed, bytes(6), nic.gateway_ipv4.packed),
+    )
+    for _ in range(10):  # a link that has just been set up may lose what is sent at once
+        os.write(member.tap_fd, bytes(header) + request)
+        while select.select([member.tap_fd], [], [], SECOND / 10)[0]:
+            frame = os.read(member.tap_fd, 2048)[header:]
+            if frame[12:14] == b"\x08\x06" and frame[20:22] == b"\x00\x02":
+                return frame[22:28]
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("ip link del uktap2", "TAP uktap2 was removed"),
+        ("ip link set uktap2 netns /run/netns/ukt-elsewhere", "TAP uktap2 was removed"),
+        ("ip link del uktap2; ip link del ukbr0", "bridge ukbr0 was removed"),
+    ],
+    ids=["removed", "moved", "removed-with-the-bridge"],
+)
+async def test_a_tap_comes_back_to_the_file_that_reads_it(command: str, message: str, member: pod.Membership) -> None:
+    header, checksums_and_tso = 12, 0x1 | 0x2 | 0x4
+    heard = Heard()
+    with elsewhere():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(heal, member, heard.say)
+            assert ask_bridge(member, 10) == PLAN.mac
+            # As a VMM does when its guest's driver has started: the supervisor takes note.
+            fcntl.ioctl(member.tap_fd, 0x400454D8, struct.pack("i", header))
+            fcntl.ioctl(member.tap_fd, 0x400454D0, checksums_and_tso)
+            await settled(heard)
+            assert ask_bridge(member, header) == PLAN.mac
+            await trio.to_thread.run_sync(subprocess.run, ["nsenter", f"--net={member.netns}", "sh", "-ec", command])
+            await heard.until(f"mended: {message}")
+            await settled(heard)
+            assert all(line.startswith("mended: ") for line in heard.lines), heard.lines
+            assert net.link_indexes(member.netns)[member.tap] == member.ifindex
+            assert net.tap_offload(member.netns, member.tap_fd, member.tap) == net.TapOffload(
+                header=header, flags=checksums_and_tso
+            )
+            assert ask_bridge(member, header) == PLAN.mac
+            nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    ip("netns", "add", "ukt-elsewhere")
+    try:
+        yield
+    finally:
+        ip("netns", "del", "ukt-elsewhere")
 
 
 # --- what works ---
