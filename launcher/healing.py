@@ -147,12 +147,7 @@ class _Upkeep:
 
     def faults(self) -> dict[str, list[str]]:
         """By the name of the device, in the order in which they are to be mended."""
-        pod_id = self.member.record.id
-        found = {
-            device.name: net.faults(self.member.netns, device, pod_id)
-            for device in (self.loopback, self.bridge, self.tap)
-        }
-        return {name: faults for name, faults in found.items() if faults}
+        return net.faults(self.member.netns, (self.loopback, self.bridge, self.tap), self.member.record.id)
 
     def mend(self, found: dict[str, list[str]]) -> list[str]:
         """Returns what went wrong."""

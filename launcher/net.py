@@ -27,7 +27,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address
 from pathlib import Path
@@ -483,7 +483,7 @@ def _attach_router(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: 
         if getattr(exc, "code", None) != errno.EEXIST:
             raise
         made = False
-    if made or not _has_router(ip, index, hook, pod_id):
+    if made or not _has_router(_filters(ip, index, hook), pod_id):
         _add_filter(ip, index, hook, program_fd, pod_id)
     return made
 
@@ -494,13 +494,13 @@ def _filters(ip: IPRoute, index: int, hook: str) -> list[tuple[int, Any]]:
     return [(message["info"] >> 16, message.get_attr("TCA_OPTIONS")) for message in found if message["handle"]]
 
 
-def _has_router(ip: IPRoute, index: int, hook: str, pod_id: int) -> bool:
+def _has_router(filters: list[tuple[int, Any]], pod_id: int) -> bool:
     return any(
         preference == ROUTER_PREFERENCE
         and hasattr(options, "get_attr")  # else a filter of another kind
         and options.get_attr("TCA_BPF_NAME") == ROUTER_FILTER
         and options.get_attr("TCA_BPF_CLASSID") == pod_id
-        for preference, options in _filters(ip, index, hook)
+        for preference, options in filters
     )
 
 
@@ -578,24 +578,36 @@ def has_ipv6(netns: Path, name: str) -> bool:
     return in_netns(netns, body)
 
 
-def faults(netns: Path, device: Device, pod_id: int) -> list[str]:
-    """What is not as it is to be: "bridge ukbr0 was set down"."""
-    with _iproute(netns, f"look at {device.label}") as ip:
-        link = _get_link(ip, device.index)
-        if link is None:
-            return [f"{device.label} was removed"]
-        found = [*_link_faults(link, device), *_address_faults(ip, device)]
-        if device.hook:
-            found += _router_faults(ip, device, pod_id)
-    if link.get_attr("IFLA_IFNAME") == device.name:  # else the sysctls have another name too
-        found += [
-            f"{name.replace('/', '.')} was set to {value}"
-            for name, value in read_sysctls(netns, device.sysctls).items()
-            if value != device.sysctls[name]
-        ]
-    return [
-        f"{device.label}: {fault}" if not fault.startswith("was ") else f"{device.label} {fault}" for fault in found
-    ]
+def faults(netns: Path, devices: Sequence[Device], pod_id: int) -> dict[str, list[str]]:
+    """What is not as it is to be, by the device's name: "bridge ukbr0 was set down"."""
+    found = dict[str, list[str]]()
+    sysctls = read_sysctls(netns, {name for device in devices for name in device.sysctls})
+    with _iproute(netns, "look at the pod's links") as ip:
+        addresses = list(ip.get_addr())
+        for device in devices:
+            found[device.name] = [
+                f"{device.label}{'' if fault.startswith('was ') else ':'} {fault}"
+                for fault in _faults(ip, device, addresses, sysctls, pod_id)
+            ]
+    return {name: those for name, those in found.items() if those}
+
+
+def _faults(
+    ip: IPRoute, device: Device, addresses: list[Any], sysctls: Mapping[str, str], pod_id: int
+) -> Iterator[str]:
+    link = _get_link(ip, device.index)
+    if link is None:
+        yield "was removed"
+        return
+    yield from _link_faults(link, device)
+    yield from _address_faults(ip, device, addresses)
+    if device.hook:
+        yield from _router_faults(ip, device, pod_id)
+    if link.get_attr("IFLA_IFNAME") != device.name:  # then its sysctls have another name too
+        return
+    for name, wanted in device.sysctls.items():
+        if sysctls.get(name, wanted) != wanted:
+            yield f"{name.replace('/', '.')} was set to {sysctls[name]}"
 
 
 def _link_faults(link: Any, device: Device) -> Iterator[str]:
@@ -611,12 +623,11 @@ def _link_faults(link: Any, device: Device) -> Iterator[str]:
         yield "was given another alias"
 
 
-def _address_faults(ip: IPRoute, device: Device) -> Iterator[str]:
-    if not device.addresses:
-        return
+def _address_faults(ip: IPRoute, device: Device, addresses: list[Any]) -> Iterator[str]:
     present = {
         (message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"), message["prefixlen"])
-        for message in ip.get_addr(index=device.index)
+        for message in addresses
+        if message["index"] == device.index
     }
     for address in device.addresses:
         if (str(address.ip), address.network.prefixlen) not in present:
@@ -626,9 +637,10 @@ def _address_faults(ip: IPRoute, device: Device) -> Iterator[str]:
 
 
 def _router_faults(ip: IPRoute, device: Device, pod_id: int) -> Iterator[str]:
-    if not _has_router(ip, device.index, device.hook, pod_id):
+    filters = _filters(ip, device.index, device.hook)
+    if not _has_router(filters, pod_id):
         yield "the router was removed"
-    first = [preference for preference, _ in _filters(ip, device.index, device.hook) if preference < ROUTER_PREFERENCE]
+    first = [preference for preference, _ in filters if preference < ROUTER_PREFERENCE]
     if first:
         yield (
             f"another program was put before the router, which sees only what that one leaves; to take it off: "
