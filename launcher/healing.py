@@ -25,7 +25,7 @@ from .errors import UklaunchError
 from .model import format_mac
 from .watch import Watch, watching
 
-RECHECK_S = 30.0  # for what no event tells: see watch.py
+RECHECK_S = 10.0  # of sysctls, of which events do not always tell: see watch.py
 PAUSE_S = 0.02  # after each check, so that a burst of events is one
 OFTEN, OFTEN_S = 10, 10.0  # so many mends in so many seconds: somebody is at it on purpose
 PATIENCE_S = 10.0  # then, after each check
@@ -56,16 +56,19 @@ async def heal(member: pod.Membership, say: Callable[[str], None]) -> None:
                 say(f"this is changed again and again: from now on it is mended every {PATIENCE_S:g} s, without a word")
             await trio.sleep(PATIENCE_S if often else PAUSE_S)
             if stuck <= before:
-                await _next(upkeep.watch)
+                await _reason(upkeep)
 
 
-async def _next(watch: Watch) -> None:
+async def _reason(upkeep: _Upkeep) -> None:
     """Until there is reason to look again."""
-    with trio.move_on_after(RECHECK_S):
-        while True:
-            await trio.lowlevel.wait_readable(watch.fileno())
-            if watch.heard():
-                return
+    while True:
+        with trio.move_on_after(RECHECK_S):
+            while True:
+                await trio.lowlevel.wait_readable(upkeep.watch.fileno())
+                if upkeep.watch.heard():
+                    return
+        if await trio.to_thread.run_sync(upkeep.sysctls_differ):
+            return
 
 
 @contextlib.contextmanager
@@ -181,9 +184,20 @@ class _Upkeep:
             net.restore_tap(member.netns, member.tap_fd, member.tap, member.ifindex, self.offload)
         member.attach(self.table.program_fd)
 
+    def sysctls_differ(self) -> bool:
+        try:
+            found = net.read_sysctls(self.member.netns, self.sysctls)
+        except UklaunchError:
+            return True  # `check` will say why
+        return any(self.sysctls[name] != value for name, value in found.items())
+
+    @property
+    def sysctls(self) -> dict[str, str]:
+        return {**self.loopback.sysctls, **self.bridge.sysctls, **self.tap.sysctls}
+
     def take_note(self) -> None:
         """Of what has to be known when it is gone."""
         member = self.member
         with contextlib.suppress(OSError):
             self.offload = net.tap_offload(member.netns, member.tap_fd, member.tap)
-        self.watch.sysctls({**self.loopback.sysctls, **self.bridge.sysctls, **self.tap.sysctls})
+        self.watch.sysctls(self.sysctls)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from launcher import net, pod, state
+from launcher import healing, net, pod, state
 from launcher.healing import OFTEN, heal
 
 from .conftest import PLAN, PlayedPod, ip, played_pod
@@ -181,6 +181,14 @@ async def test_what_strangers_add_is_left_alone(played: PlayedPod) -> None:
         await settled(heard)
         run(played, "ip addr show ukbr0 | grep -q 10.9.9.1; ip route | grep -q 10.8.0.0; tc qdisc | grep -q theirs")
         run(played, "ip link del theirs; ip addr del 10.9.9.1/24 dev ukbr0")
+
+
+async def test_a_sysctl_written_through_another_proc(played: PlayedPod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No event tells of it: it is found when the supervisor looks again."""
+    monkeypatch.setattr(healing, "RECHECK_S", 0.2)
+    async with supervised(membership(played)) as heard:
+        run(played, "unshare --mount --pid --fork --mount-proc sysctl -qw net.ipv4.conf.lo.route_localnet=0")
+        await heard.until("mended: lo: net.ipv4.conf.lo.route_localnet was set to 0")
 
 
 # --- what cannot be mended is said ---
