@@ -14,8 +14,7 @@ import ctypes
 import os
 import select
 import socket
-import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +26,6 @@ _GROUPS = sum(
     1 << (group - 1)
     for group in (_LINK, _TC, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV6_RULE)
 )
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
-_INDEX_OFFSET = _HEADER.size + 4  # in ifinfomsg, ifaddrmsg and tcmsg alike
-_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_NEWRULE, _RTM_DELRULE = 24, 25, 32, 33
 _IN_MODIFY = 0x2
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
@@ -37,10 +33,10 @@ _IN_CLOEXEC = os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Readable (`fileno`) when there is something for `heard` to read."""
+    """Readable (`fileno`) when there is something for `heard` to read. What it is about is not looked at: to compare
+    what is with what is to be costs some milliseconds, and a pod's links seldom change."""
 
     netns: Path
-    indexes: Collection[int]  # the links that matter
     _netlink: socket.socket
     _inotify: int
     _epoll: select.epoll
@@ -49,12 +45,13 @@ class Watch:
         return self._epoll.fileno()
 
     def heard(self) -> bool:
-        """Take all that has been said since the last time; was any of it about the links and sysctls that matter?"""
+        """Take all that has been said since the last time; was there anything?"""
         found = False
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    found |= _concerns(self._netlink.recv(1 << 16, socket.MSG_DONTWAIT), self.indexes)
+                    self._netlink.recv(1 << 16, socket.MSG_DONTWAIT)
+                    found = True
                 except BlockingIOError:
                     break
                 except OSError:  # ENOBUFS: more was said than the socket holds
@@ -76,7 +73,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(netns: Path, indexes: Collection[int]) -> Iterator[Watch]:
+def watching(netns: Path) -> Iterator[Watch]:
     with contextlib.ExitStack() as stack:
         netlink = stack.enter_context(net.open_netlink(netns, _GROUPS))
         inotify = ctypes.CDLL(None).inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
@@ -84,16 +81,4 @@ def watching(netns: Path, indexes: Collection[int]) -> Iterator[Watch]:
         epoll = stack.enter_context(select.epoll())
         for fd in (netlink.fileno(), inotify):
             epoll.register(fd, select.EPOLLIN)
-        yield Watch(netns, indexes, netlink, inotify, epoll)
-
-
-def _concerns(messages: bytes, indexes: Collection[int]) -> bool:
-    offset = 0
-    while offset + _INDEX_OFFSET + 4 <= len(messages):
-        length, kind, *_ = _HEADER.unpack_from(messages, offset)
-        if kind in (_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_NEWRULE, _RTM_DELRULE):  # of no one link
-            return True
-        if struct.unpack_from("=i", messages, offset + _INDEX_OFFSET)[0] in indexes:
-            return True
-        offset += (length + 3) & ~3
-    return False
+        yield Watch(netns, netlink, inotify, epoll)
