@@ -164,6 +164,11 @@ def parser() -> argparse.ArgumentParser:
     flows.add_argument("-f", "--follow", action="store_true", help="a line when a flow opens, changes state, ends")
     add_interval(flows, "with -f: the flow table is sampled this often; states in between are not seen")
 
+    drops = add("drops", "what the router dropped and why", as_json=True)
+    drops.add_argument("pod", metavar="POD")
+    drops.add_argument("-f", "--follow", action="store_true", help="each packet as it is dropped; one watches a pod")
+    drops.add_argument("--limit", type=positive, default=100, metavar="N", help="lines a second (default: 100)")
+
     add("ports", "who serves what in a pod, and conflicts", as_json=True).add_argument("pod", metavar="POD")
 
     stats = add("stats", "a live table of traffic, flows, drops, CPU and memory", as_json=True)

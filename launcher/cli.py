@@ -13,13 +13,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import state
 from .arguments import DEFAULT_BUNDLE, parser
 from .errors import ExitCode, ImageNotFound, UklaunchError, UsageError
 from .model import Family, Port, check_name, parse_memory_mib
 from .timeline import mark
+
+if TYPE_CHECKING:
+    import router
 
 DEFAULT_MEMORY_MIB = 128
 
@@ -370,6 +373,48 @@ def follow_flows(record: state.PodRecord, args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def cmd_drops(args: argparse.Namespace) -> int:
+    from . import pod
+
+    record = state.get_pod(args.pod)
+    require_root()
+    with pod.open_router() as table:
+        if args.follow:
+            follow_drops(record, table, args)
+            return ExitCode.OK
+        counters = table.counters(record.id)
+    from router.model import PASSED, REDIRECTED
+    from router.trace import counter_rows
+
+    dropped = {reason: count for reason, count in counters.items() if reason not in (PASSED, REDIRECTED)}
+    if args.json:
+        print_json({str(reason): count for reason, count in dropped.items()})
+    else:
+        print_table(*counter_rows(dropped))
+    return ExitCode.OK
+
+
+def follow_drops(record: state.PodRecord, table: router.Router, args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from . import pod
+    from .observe import drops
+
+    with table.watch_drops(record.id) as watch:
+        if not args.json:
+            print(drops.heading(), flush=True)
+        names = {guest.index: guest.name for guest in pod.running_guests(record.name)}
+        for drop in drops.follow(record, watch, args.limit):
+            if isinstance(drop, int):
+                print(f"{drop:,} more in that second" if not args.json else f'{{"more": {drop}}}', flush=True)
+            elif args.json:
+                print_json_line({**asdict(drop), "reason": str(drop.reason)})
+            else:
+                if drop.guest is not None and drop.guest not in names:
+                    names = {guest.index: guest.name for guest in pod.running_guests(record.name)}
+                print(drops.line(drop, names), flush=True)
+
+
 def cmd_stats(args: argparse.Namespace) -> int:
     import shutil
     from dataclasses import asdict
@@ -494,6 +539,7 @@ COMMANDS: dict[tuple[str, str | None], Callable[[argparse.Namespace], int]] = {
     ("pod", "rm"): cmd_pod_rm,
     ("pod", "exec"): cmd_pod_exec,
     ("pod", "graph"): cmd_pod_graph,
+    ("drops", None): cmd_drops,
     ("flows", None): cmd_flows,
     ("stats", None): cmd_stats,
     ("ports", None): cmd_ports,

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .model import Endpoint, Flow, Reason
+from .model import Address, Drop, Endpoint, Flow, Reason
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def format_endpoint(endpoint: Endpoint) -> str:
-    if endpoint.address.version == 6:
-        return f"[{endpoint.address}]:{endpoint.port}"
-    return f"{endpoint.address}:{endpoint.port}"
+    return _format(endpoint.address, endpoint.port)
+
+
+def _format(address: Address | None, port: int) -> str:
+    if address is None:
+        return "-"
+    if not port:
+        return str(address)
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+def format_source(drop: Drop) -> str:
+    return _format(drop.source, drop.source_port)
+
+
+def format_target(drop: Drop) -> str:
+    return _format(drop.target, drop.target_port)
 
 
 def format_bytes(count: int) -> str:

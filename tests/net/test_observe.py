@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from launcher import state
+from launcher import net, state
 from launcher.model import Port, Protocol
 
 from ..cli import COMMAND, shown, uklaunch
@@ -404,3 +404,33 @@ def test_udp_sockets_are_listed_too(pod: PlayedPod) -> None:
         sock.bind(("::", 5353))
         found = [one for one in as_json("ports", POD) if one["number"] == 5353]
     assert [(one["protocol"], one["family"]) for one in found] == [(Protocol.UDP, 4), (Protocol.UDP, 6)]
+
+
+# --- drops ---
+
+
+def test_drops_are_counted_and_followed(pod: PlayedPod) -> None:
+    """Guest `web` speaks with the address of `db`."""
+    command = [*COMMAND, "drops", POD, "-f", "--limit", "3", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lie = socket.AF_PACKET, socket.SOCK_RAW
+        with net.in_netns(pod.guests[0].netns, lambda: socket.socket(*lie)) as sock:
+            sock.bind(("eth0", 0))
+            mac, ipv4 = pod.guests[0].nic.mac, pod.guests[1].nic.ipv4.ip.packed
+            arp = bytes.fromhex("0001080006040001") + mac + ipv4 + bytes(6) + ipv4
+            first = None
+            while first is None:  # it takes the command a moment to begin
+                sock.send(b"\xff" * 6 + mac + b"\x08\x06" + arp)
+                if select.select([process.stdout], [], [], 0.05)[0]:
+                    first = json.loads(process.stdout.readline())
+            for _ in range(20):
+                sock.send(b"\xff" * 6 + mac + b"\x08\x06" + arp)
+        lines = [first]
+        while "more" not in lines[-1]:
+            lines.append(json.loads(process.stdout.readline()))
+        process.send_signal(signal.SIGINT)
+    assert (first["reason"], first["guest"], first["ethertype"]) == ("spoofed-arp", 2, 0x0806)
+    assert lines[-1]["more"] >= 10
+    result = uklaunch("drops", POD)
+    assert "spoofed-arp" in result.stdout, shown(result)
