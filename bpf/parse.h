@@ -50,6 +50,13 @@ enum {
 	FRAGMENT_LATER
 };
 
+#define IPV6_TLV_JUMBO 194
+
+struct ipv6_jumbo { /* RFC 2675, as include/net/ipv6.h has it: struct hop_jumbo_hdr */
+	__u8 next, length, option, option_length;
+	__u32 payload_length;
+};
+
 struct ipv6_fragment { /* RFC 8200, 4.5 */
 	__u8 next, reserved;
 	__u16 offset;
@@ -140,6 +147,7 @@ static inline __u8 parse_ipv6(struct __sk_buff *skb, struct packet *p, void *dat
 {
 	struct ipv6hdr *ip = data + L3;
 	struct ipv6_fragment *fragment = data + L3 + sizeof(*ip);
+	struct ipv6_jumbo *jumbo = data + L3 + sizeof(*ip);
 
 	if (data + L3 + sizeof(*ip) > (void *)(long)skb->data_end || ip->version != 6)
 		return KIND_MALFORMED;
@@ -147,6 +155,15 @@ static inline __u8 parse_ipv6(struct __sk_buff *skb, struct packet *p, void *dat
 	p->key.proto = ip->nexthdr;
 	__builtin_memcpy(&p->key.saddr, &ip->saddr, 2 * sizeof(struct addr));
 	p->l4 = L3 + sizeof(*ip);
+	/* A packet of over 64 KiB, which is cut up before it leaves the host: net/ipv6/ip6_output.c, ip6_xmit. TCP makes them
+	 * when two segments are larger than that. */
+	if (p->key.proto == IPPROTO_HOPOPTS && skb->gso_size &&
+	    data + L3 + sizeof(*ip) + sizeof(*jumbo) <= (void *)(long)skb->data_end && jumbo->next == IPPROTO_TCP &&
+	    !jumbo->length && jumbo->option == IPV6_TLV_JUMBO) {
+		p->key.proto = IPPROTO_TCP;
+		p->l4 += sizeof(*jumbo);
+		return parse_l4(skb, p, data + L3 + sizeof(*ip) + sizeof(*jumbo));
+	}
 	if (p->key.proto != IPPROTO_FRAGMENT)
 		return parse_l4(skb, p, data + L3 + sizeof(*ip));
 	if (data + L3 + sizeof(*ip) + sizeof(*fragment) > (void *)(long)skb->data_end)

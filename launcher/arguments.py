@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-m", "--memory", metavar="SIZE", help="such as 128M or 1G")
     run.add_argument("--cpus", type=int, metavar="N")
     run.add_argument("--expose", action="append", default=[], metavar="PORT[/udp]", help="a port that this guest has")
+    run.add_argument("--mtu", metavar="BYTES", help="of the guest's link, up to 65535 (default: 1500; linux: 32768)")
     run.add_argument("-e", "--env", action="append", default=[], metavar="KEY[=VALUE]")
     run.add_argument("--cmdline", help="what the guest runs, instead of what its image says")
     run.add_argument("--family", choices=[family.value for family in Family], help="instead of what the content says")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import state
 from .arguments import DEFAULT_BUNDLE, parser
 from .errors import ExitCode, ImageNotFound, UklaunchError, UsageError
-from .model import Family, Port, check_name, parse_memory_mib
+from .model import Family, Port, check_name, parse_memory_mib, parse_mtu
 from .timeline import mark
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     path = find_image(args.image)
     ports = tuple(Port.parse(text) for text in args.expose)
     memory_mib = parse_memory_mib(args.memory) if args.memory else None
+    mtu = parse_mtu(args.mtu) if args.mtu else None
     env = parse_env(args.env)
     if args.cpus is not None and not 1 <= args.cpus <= 255:
         raise UsageError(f"--cpus {args.cpus} is not between 1 and 255")
@@ -121,6 +122,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         env={**image.env, **env},
         cmdline=args.cmdline,
         ports=tuple(dict.fromkeys((*image.ports, *ports))),
+        mtu=mtu,
     )
     mark("args")
     from . import foreground

@@ -108,6 +108,7 @@ def _opened(member: pod.Membership) -> Iterator[_Upkeep]:
                 index=member.ifindex,
                 hook="ingress",
                 alias=f"{state.TAG}:{record.name}/{member.guest}",
+                mtu=member.mtu,
                 master=record.bridge,
                 sysctls=net.tap_sysctls(member.tap),
             ),

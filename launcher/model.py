@@ -84,6 +84,18 @@ _MEMORY = re.compile(r"([0-9]{1,9})([KMG]?)(?:i?B)?", re.IGNORECASE)
 _KIB = {"K": 1, "M": 1024, "G": 1024 * 1024}
 
 
+DEFAULT_MTU = 1500
+MTU_MIN, MTU_MAX = 1280, 65535  # RFC 8200, 5: IPv6 needs as much; IPv4's length has 16 bits
+TAP_MTU_MAX = MTU_MAX - 14  # drivers/net/tun.c, tun_net_initialize: the Ethernet header counts too
+
+
+def parse_mtu(text: str) -> int:
+    """Bytes from the IP header on, as much as a TAP takes. Raises UsageError."""
+    if not text.isdecimal() or not MTU_MIN <= int(text) <= MTU_MAX:
+        raise UsageError(f"--mtu {text}: an MTU is a number from {MTU_MIN} to {MTU_MAX}")
+    return min(int(text), TAP_MTU_MAX)
+
+
 def parse_memory_mib(text: str) -> int:
     """`128M`, `1G`, `131072K`, or a bare number of MiB; returns whole MiB. Raises UsageError."""
     match = _MEMORY.fullmatch(text.strip())
@@ -166,7 +178,7 @@ class Nic:
     ipv6: IPv6Interface
     gateway_ipv4: IPv4Address
     gateway_ipv6: IPv6Address
-    mtu: int = 1500
+    mtu: int = DEFAULT_MTU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +226,7 @@ class GuestSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     cmdline: str | None = None  # None: the image's own
     ports: tuple[Port, ...] = ()
+    mtu: int | None = None  # None: as its family has it
     nameservers: tuple[IPv4Address | IPv6Address, ...] = ()
 
 

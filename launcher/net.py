@@ -447,6 +447,7 @@ def attach_guest(
     tap: str,
     alias: str,
     addresses: tuple[IPv4Address | IPv6Address, ...],
+    mtu: int,
     program_fd: int,
     pod_id: int,
     index: int = 0,
@@ -465,7 +466,7 @@ def attach_guest(
         for address in addresses:  # what is known of them is of an earlier guest
             with contextlib.suppress(Exception):
                 ip.neigh("del", ifindex=bridge, dst=str(address))
-        ip.link("set", index=index, ifalias=f"{TAG}:{alias}", master=bridge, state="up")
+        ip.link("set", index=index, ifalias=f"{TAG}:{alias}", mtu=mtu, master=bridge, state="up")
 
 
 def attach_loopback(netns: Path, program_fd: int, pod_id: int) -> bool:
@@ -562,6 +563,7 @@ class Device:
     hook: str = ""
     alias: str = ""
     mac: str = ""
+    mtu: int = 0
     master: int = 0
     addresses: tuple[Interface, ...] = ()
     sysctls: Mapping[str, str] = field(default_factory=dict)
@@ -617,6 +619,8 @@ def _link_faults(link: Any, device: Device) -> Iterator[str]:
         yield "was set down"
     if device.mac and (mac := link.get_attr("IFLA_ADDRESS")) != device.mac:
         yield f"was given the MAC address {mac}"
+    if device.mtu and (mtu := link.get_attr("IFLA_MTU")) != device.mtu:
+        yield f"was given an MTU of {mtu}"
     if device.master and link.get_attr("IFLA_MASTER") != device.master:
         yield "was taken off its bridge"
     if device.alias and link.get_attr("IFLA_IFALIAS") != device.alias:

@@ -19,7 +19,7 @@ import router
 
 from . import net, reset, state
 from .errors import UklaunchError, UsageError
-from .model import GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, check_name
+from .model import DEFAULT_MTU, GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, check_name
 from .timeline import mark
 
 NAMESPACE_PREFIX = "uk-"
@@ -218,6 +218,7 @@ class Membership:
     index: int
     tap: str
     tap_fd: int
+    mtu: int
     _lock: contextlib.ExitStack
     ifindex: int = 0  # of the TAP, from `connect` on
 
@@ -234,6 +235,7 @@ class Membership:
             ipv6=plan.guest_ipv6(self.index),
             gateway_ipv4=plan.ipv4.ip,
             gateway_ipv6=plan.ipv6.ip,
+            mtu=self.mtu,
         )
 
     def connect(self, ports: tuple[Port, ...]) -> None:
@@ -257,6 +259,7 @@ class Membership:
                     ipv4=nic.ipv4.ip,
                     ipv6=nic.ipv6.ip,
                     ports=tuple((port.protocol.value, port.number) for port in ports),
+                    mtu=nic.mtu,
                 ),
             )
             self.attach(table.program_fd)
@@ -271,6 +274,7 @@ class Membership:
             tap=self.tap,
             alias=f"{self.record.name}/{self.guest}",
             addresses=(nic.ipv4.ip, nic.ipv6.ip),
+            mtu=nic.mtu,
             program_fd=program_fd,
             pod_id=self.record.id,
             index=self.ifindex,
@@ -302,7 +306,7 @@ def free_index(name: str) -> int:
 
 @contextlib.contextmanager
 def joining(
-    name: str, guest: str, *, netns: Path | None = None, plan: AddressPlan | None = None
+    name: str, guest: str, *, netns: Path | None = None, plan: AddressPlan | None = None, mtu: int = DEFAULT_MTU
 ) -> Iterator[Membership]:
     """A guest's place in a pod for the length of a block; makes the pod if it is missing.
 
@@ -330,7 +334,7 @@ def joining(
             if (left := state.read_pod(name)) is not None and not left.bridge:
                 _undo(name)
             raise
-        membership = Membership(record, guest, index, tap, tap_fd, lock)
+        membership = Membership(record, guest, index, tap, tap_fd, mtu, lock)
         try:
             yield membership
         finally:

@@ -301,7 +301,8 @@ class _Place:
 @contextlib.contextmanager
 def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterator[_Place]:
     """A seat in the pod, a directory, a record and the locks, for one guest."""
-    with pod.joining(spec.pod, spec.name, netns=options.netns, plan=options.plan) as member:
+    mtu = spec.mtu or FAMILIES[spec.image.family].MTU
+    with pod.joining(spec.pod, spec.name, netns=options.netns, plan=options.plan, mtu=mtu) as member:
         old = state.read_guest(spec.pod, spec.name)
         if old is not None and state.alive(old):
             raise UsageError(

@@ -1,5 +1,6 @@
 """Guest families: a spec and a NIC in, a neutral `Boot` out. One module each, with
 
+MTU                                what its link has unless the user says otherwise
 configure(spec, nic) -> Boot       a pure function; knows no flag of any VMM
 exit_status(console) -> int | None what the console's last bytes say of how the guest ended
 """
@@ -13,6 +14,8 @@ from . import generic, linux, nanos, osv, unikraft
 
 
 class FamilyModule(Protocol):
+    MTU: int
+
     def configure(self, spec: GuestSpec, nic: Nic) -> Boot: ...
 
     def exit_status(self, console: bytes) -> int | None: ...

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..model import Boot, Disk, GuestSpec, Machine, Nic
+from ..model import DEFAULT_MTU, Boot, Disk, GuestSpec, Machine, Nic
+
+MTU = DEFAULT_MTU
 
 
 def configure(spec: GuestSpec, nic: Nic) -> Boot:

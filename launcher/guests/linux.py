@@ -19,6 +19,10 @@ SHELL = "echo uklaunch: a shell in this guest, ended by exit or Ctrl-D; exec sh 
 
 _EXIT_STATUS = re.compile(rb"^uklaunch: exit status (\d{1,3})\r?$", re.MULTILINE)
 
+# Wide, so that what fits the pod's own loopback is hardly ever too big for the guest: a name server's answers, for one.
+# Wider still is slower: with two segments beyond 64 KiB, TCP's packets are cut up on the way to the TAP.
+MTU = 32768
+
 
 def configure(spec: GuestSpec, nic: Nic) -> Boot:
     """`cmdline` is a shell command that the guest runs; without one it is an interactive shell.

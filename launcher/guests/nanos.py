@@ -8,7 +8,9 @@ Source: src/kernel/init.c and src/net/net.c (`en1.ipaddr` and its like) in Nanos
 from __future__ import annotations
 
 from ..errors import UsageError
-from ..model import Boot, Disk, GuestSpec, Machine, Nic
+from ..model import DEFAULT_MTU, Boot, Disk, GuestSpec, Machine, Nic
+
+MTU = DEFAULT_MTU
 
 
 def configure(spec: GuestSpec, nic: Nic) -> Boot:

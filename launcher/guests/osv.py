@@ -11,7 +11,7 @@ import re
 import shlex
 
 from ..errors import UsageError
-from ..model import Boot, Disk, GuestSpec, ImageFormat, Machine, Nic
+from ..model import DEFAULT_MTU, Boot, Disk, GuestSpec, ImageFormat, Machine, Nic
 from . import rofs
 from .hosts import hosts, resolv_conf
 
@@ -22,10 +22,14 @@ CMDLINE_LIMIT = 1024  # what the guest sets aside for it
 _ENDINGS = ((rb"Failed to load object: .*Powering off", 127), (rb"^Aborted\r?$", 134), (rb"^\[backtrace\]", 134))
 _OURS = ("--ip=", "--defaultgw=", "--nameserver=", "--power-off-on-abort")
 
+MTU = DEFAULT_MTU
+
 
 def configure(spec: GuestSpec, nic: Nic) -> Boot:
     """`cmdline` is the application and its arguments, behind options for OSv if need be."""
     image = spec.image
+    if nic.mtu != DEFAULT_MTU:
+        raise UsageError(f"--mtu {nic.mtu}: OSv's network cards have an MTU of {DEFAULT_MTU}", "leave out --mtu")
     disks = [Disk(source=path, qcow2=qcow2) for path, qcow2 in zip(image.disks, image.disks_qcow2, strict=True)]
     cmdline = command_line(spec, nic, etc_disk=len(disks))
     if image.kernel is None:

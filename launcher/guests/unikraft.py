@@ -7,7 +7,9 @@ Sources: lib/uknetdev/params.c, lib/uklibparam, lib/posix-environ in Unikraft's 
 
 from __future__ import annotations
 
-from ..model import Boot, GuestSpec, Machine, Nic
+from ..model import DEFAULT_MTU, Boot, GuestSpec, Machine, Nic
+
+MTU = DEFAULT_MTU
 
 
 def configure(spec: GuestSpec, nic: Nic) -> Boot:

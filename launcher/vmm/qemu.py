@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ..errors import UklaunchError
-from ..model import Accel, Boot, Disk, Machine, format_mac
+from ..model import DEFAULT_MTU, Accel, Boot, Disk, Machine, format_mac
 from ..timeline import mark
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]
     """QEMU's argument list."""
     bus = "device" if machine is Machine.MICROVM else "pci"
     csum = "" if boot.guest_csum else ",guest_csum=off"
+    mtu = "" if boot.nic.mtu == DEFAULT_MTU else f",host_mtu={boot.nic.mtu}"
     args = [
         *("-machine", MACHINES[machine]),
         *("-accel", "kvm" if accel is Accel.KVM else "tcg,thread=multi"),
@@ -100,7 +101,7 @@ def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]
         *("-netdev", f"tap,id=net0,fd={fds.tap}"),
         *(
             "-device",
-            f"virtio-net-{bus},netdev=net0,mac={format_mac(boot.nic.mac)}{csum}"
+            f"virtio-net-{bus},netdev=net0,mac={format_mac(boot.nic.mac)}{csum}{mtu}"
             + (",romfile=" if bus == "pci" else ""),  # no network boot
         ),
         *("-device", f"virtio-rng-{bus}"),

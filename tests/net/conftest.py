@@ -97,6 +97,7 @@ def played_guest(
             tap=tap,
             alias="test",
             addresses=(nic.ipv4.ip, nic.ipv6.ip),
+            mtu=nic.mtu,
             program_fd=table.program_fd,
             pod_id=record.id,
         )

@@ -59,6 +59,7 @@ def membership(played: PlayedPod, index: int = 2, tap_fd: int = NO_TAP) -> pod.M
         index=index,
         tap=tap,
         tap_fd=tap_fd,
+        mtu=1500,
         _lock=contextlib.ExitStack(),
         ifindex=net.link_indexes(played.netns)[tap],
     )
