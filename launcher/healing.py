@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Interface, IPv6Interface
 
 import trio
@@ -126,27 +126,31 @@ class _Upkeep:
     bridge: net.Device
     tap: net.Device
     offload: net.TapOffload = net.TapOffload(header=10, flags=0)  # drivers/net/tun.c, tun_set_iff
+    broken: dict[str, None] = field(default_factory=dict)  # found so, in that order, and not yet seen mended
 
     def check(self) -> tuple[list[str], set[str]]:
-        """Compare, and mend what differs. Returns what was mended, and what could not be and why."""
+        """Compare, and mend what differs. Returns what has been mended, and what could not be and why."""
+        errors = list[str]()
         try:
-            found, errors = self.faults(), list[str]()
-            if found:
+            left = self.faults()
+            if left:
                 with state.pod_lock(self.member.record.name):
                     current = state.read_pod(self.member.record.name)
                     if current is None or current.id != self.member.record.id:
                         return [], set()  # the pod is being removed
                     found = self.faults()  # others may have mended it while we waited
+                    self.broken.update(dict.fromkeys(fault for faults in found.values() for fault in faults))
                     errors = self.mend(found)
                     left = self.faults()
-            else:
-                left = {}
             self.take_note()
-        except UklaunchError as exc:
+        except UklaunchError as exc:  # a link went while we looked at it; `broken` is for the next look
             return [], {exc.message}
-        before, after = ([fault for of_device in faults.values() for fault in of_device] for faults in (found, left))
+        after = {fault for faults in left.values() for fault in faults}
+        mended = [fault for fault in self.broken if fault not in after]
         why = f" ({'; '.join(errors)})" if errors else ""
-        return [fault for fault in before if fault not in after], {fault + why for fault in after if fault in before}
+        stuck = {fault + why for fault in after if fault in self.broken}
+        self.broken = {fault: None for fault in self.broken if fault in after}
+        return mended, stuck
 
     def faults(self) -> dict[str, list[str]]:
         """By the name of the device, in the order in which they are to be mended."""

@@ -136,9 +136,10 @@ DEEDS = {
     "lo-filter": ("tc filter del dev lo egress", "lo: the router was removed"),
     "lo-route-localnet": ("sysctl -qw net.ipv4.conf.lo.route_localnet=0", "route_localnet was set to 0"),
     "lo-accept-local": ("sysctl -qw net.ipv4.conf.lo.accept_local=0", "accept_local was set to 0"),
+    # What comes while something else is being mended may be mended along with it, without a line of its own.
     "everything": (
         f"ip link del ukbr0; ip link set lo down; tc qdisc del dev {TAP} clsact; ip addr flush dev lo",
-        f"TAP {TAP}: the router was removed",
+        "bridge ukbr0 was removed",
     ),
 }
 
@@ -160,19 +161,24 @@ async def test_a_strangers_deed_is_mended(deed: str, played: PlayedPod) -> None:
         await trio.to_thread.run_sync(everything_works, played)
 
 
-async def test_a_bridge_is_mended_by_one_of_several_supervisors() -> None:
-    with played_pod(3, name="healing-3") as pod_of_three:
-        members = [membership(pod_of_three, guest.index) for guest in pod_of_three.guests]
-        async with supervised(*members) as heard:
-            await trio.to_thread.run_sync(run, pod_of_three, "ip link del ukbr0")
-            for member in members:
-                await heard.until(f"TAP {member.tap} was taken off its bridge")
-            await settled(heard)
-            assert sorted(heard.lines) == [
-                *(f"mended: TAP {member.tap} was taken off its bridge" for member in members),
-                "mended: bridge ukbr0 was removed",
-            ]
-        everything_works(pod_of_three)
+@pytest.fixture
+def pod_of_three() -> Iterator[PlayedPod]:
+    with played_pod(3, name="healing-3") as made:
+        yield made
+
+
+async def test_a_bridge_is_mended_by_one_of_several_supervisors(pod_of_three: PlayedPod) -> None:
+    members = [membership(pod_of_three, guest.index) for guest in pod_of_three.guests]
+    async with supervised(*members) as heard:
+        await trio.to_thread.run_sync(run, pod_of_three, "ip link del ukbr0")
+        for member in members:
+            await heard.until(f"TAP {member.tap} was taken off its bridge")
+        await settled(heard)
+        assert sorted(heard.lines) == [
+            *(f"mended: TAP {member.tap} was taken off its bridge" for member in members),
+            "mended: bridge ukbr0 was removed",
+        ]
+    await trio.to_thread.run_sync(everything_works, pod_of_three)
 
 
 async def test_what_strangers_add_is_left_alone(played: PlayedPod) -> None:
