@@ -74,7 +74,8 @@ async def _reason(upkeep: _Upkeep) -> None:
 @contextlib.contextmanager
 def _opened(member: pod.Membership) -> Iterator[_Upkeep]:
     netns, record, plan = member.netns, member.record, pod.plan_of(member.record)
-    with pod.open_router() as table, watching(netns) as watch:
+    links = (net.LOOPBACK_IFINDEX, record.bridge, member.ifindex)
+    with pod.open_router() as table, watching(netns, links) as watch:
         has_ipv6 = net.has_ipv6(netns, net.BRIDGE)
         versions = (4, 6) if has_ipv6 else (4,)
 

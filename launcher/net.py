@@ -674,6 +674,16 @@ def parse_neighbour_events(data: bytes) -> Iterator[tuple[IPv4Address | IPv6Addr
                 yield ip_address(dst), False
 
 
+def are_about(data: bytes, indexes: Collection[int]) -> bool:
+    """Is one of these netlink messages about one of the links, or about routes and rules, which are of no one link?"""
+    from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+
+    return any(
+        message["event"].endswith(("ROUTE", "RULE")) or message.get("index") in indexes
+        for message in MarshalRtnl().parse(data)
+    )
+
+
 def open_socket(netns: Path, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
     """A non-blocking socket that lives in the namespace, whatever thread uses it."""
     with _explained("open a socket in the pod"):

@@ -14,7 +14,7 @@ import ctypes
 import os
 import select
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +33,10 @@ _IN_CLOEXEC = os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Readable (`fileno`) when there is something for `heard` to read. What it is about is not looked at: to compare
-    what is with what is to be costs some milliseconds, and a pod's links seldom change."""
+    """Readable (`fileno`) when there is something for `heard` to read."""
 
     netns: Path
+    indexes: Collection[int]  # the links that matter: a guest that joins is no reason for all the others to look
     _netlink: socket.socket
     _inotify: int
     _epoll: select.epoll
@@ -45,13 +45,12 @@ class Watch:
         return self._epoll.fileno()
 
     def heard(self) -> bool:
-        """Take all that has been said since the last time; was there anything?"""
+        """Take all that has been said since the last time; was any of it about the links and sysctls that matter?"""
         found = False
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    self._netlink.recv(1 << 16, socket.MSG_DONTWAIT)
-                    found = True
+                    found |= net.are_about(self._netlink.recv(1 << 16, socket.MSG_DONTWAIT), self.indexes)
                 except BlockingIOError:
                     break
                 except OSError:  # ENOBUFS: more was said than the socket holds
@@ -73,7 +72,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(netns: Path) -> Iterator[Watch]:
+def watching(netns: Path, indexes: Collection[int]) -> Iterator[Watch]:
     with contextlib.ExitStack() as stack:
         netlink = stack.enter_context(net.open_netlink(netns, _GROUPS))
         inotify = ctypes.CDLL(None).inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
@@ -81,4 +80,4 @@ def watching(netns: Path) -> Iterator[Watch]:
         epoll = stack.enter_context(select.epoll())
         for fd in (netlink.fileno(), inotify):
             epoll.register(fd, select.EPOLLIN)
-        yield Watch(netns, netlink, inotify, epoll)
+        yield Watch(netns, indexes, netlink, inotify, epoll)
