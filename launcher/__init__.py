@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .image import identify
     from .model import Accel, AddressPlan, Family, GuestSpec, Port, Protocol
     from .pod import open_pod
+    from .publish import Publish
     from .run import Guest, RunOptions, run_guest
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "GuestSpec",
     "Port",
     "Protocol",
+    "Publish",
     "RunOptions",
     "UklaunchError",
     "identify",
@@ -36,6 +38,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Accel", "AddressPlan", "Family", "GuestSpec", "Port", "Protocol"), "model"),
     **dict.fromkeys(("Guest", "RunOptions", "run_guest"), "run"),
+    "Publish": "publish",
     "UklaunchError": "errors",
     "identify": "image",
     "open_pod": "pod",

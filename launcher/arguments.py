@@ -78,6 +78,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def outside(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--uplink", "--network", metavar="nat|none|cni:NAME", help="the way out of a pod that is made (default: nat)"
+    )
+    parser.add_argument(
+        "-p",
+        "--publish",
+        action="append",
+        default=[],
+        metavar="[IP:]HOST:GUEST[/udp]",
+        help="lead a port of this host to one of the guest or pod",
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="uklaunch",
@@ -112,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--vmm", choices=["qemu"], default="qemu")
     run.add_argument("--accel", choices=[accel.value for accel in Accel], default="auto")
     run.add_argument("--netns", type=Path, metavar="PATH", help="adopt this namespace as the pod's")
+    outside(run)
     run.add_argument("-d", "--detach", action="store_true", help="return when the guest is ready")
     run.add_argument("--no-wait", action="store_true", help="with -d: return when the guest has been started")
     run.add_argument("--ready-port", type=port_number, metavar="PORT", help="ready is when this TCP port accepts")
@@ -144,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     create = add("create", "make a pod that stays until it is removed", to=pod_commands)
     create.add_argument("pod", metavar="POD")
     create.add_argument("--netns", type=Path, metavar="PATH", help="adopt this namespace")
+    outside(create)
     create.add_argument("--ipv4", metavar="ADDRESS/PREFIX", help="the bridge's, instead of 169.254.77.1/24")
     create.add_argument("--ipv6", metavar="ADDRESS/PREFIX", help="the bridge's, instead of fd00:77::1/64")
     add("ls", "list pods", to=pod_commands, as_json=True)

@@ -24,6 +24,8 @@ from .timeline import mark
 if TYPE_CHECKING:
     import router
 
+    from .publish import Publish
+
 DEFAULT_MEMORY_MIB = 128
 
 verbosity = 0
@@ -105,6 +107,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     check_name("pod", args.pod)
     path = find_image(args.image)
     ports = tuple(Port.parse(text) for text in args.expose)
+    args.publish = parse_publish(args)
     memory_mib = parse_memory_mib(args.memory) if args.memory else None
     mtu = parse_mtu(args.mtu) if args.mtu else None
     env = parse_env(args.env)
@@ -130,6 +133,16 @@ def cmd_run(args: argparse.Namespace) -> int:
     if args.detach:
         return foreground.run_detached(spec, args, note)
     return foreground.run_attached(spec, args, note)
+
+
+def parse_publish(args: argparse.Namespace) -> tuple[Publish, ...]:
+    """What -p asks for; --uplink is checked on the way."""
+    from . import uplink
+    from .publish import Publish
+
+    if args.uplink is not None:
+        uplink.parse(args.uplink)
+    return tuple(Publish.parse(text) for text in args.publish)
 
 
 def require_root() -> None:
@@ -234,8 +247,9 @@ def cmd_pod_create(args: argparse.Namespace) -> int:
 
     plan = AddressPlan.parse(args.ipv4, args.ipv6)
     check_name("pod", args.pod)
+    publish = parse_publish(args)
     require_root()
-    record = pod.create(args.pod, plan=plan, netns=args.netns)
+    record = pod.create(args.pod, plan=plan, netns=args.netns, outside=args.uplink, publish=publish)
     note(f"pod {args.pod} is namespace {record.netns}")
     return ExitCode.OK
 

@@ -155,5 +155,7 @@ def _collect_pods() -> Iterator[Collected]:
         if not (directory / "guest.json").exists() and not state.is_held(directory / "supervisor.lock"):
             state.forget_guest(directory.parent.name, directory.name)
             yield Collected("guest", f"{directory.parent.name}/{directory.name}", "half made; removed")
+    for name in pod.forget_unknown_uplinks():
+        yield Collected("uplink", f"of pod {name}", "of no pod; removed")
     for pod_id in pod.forget_unknown_ids():
         yield Collected("router", f"pod id {pod_id}", "of no pod; its rows removed")

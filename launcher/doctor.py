@@ -39,6 +39,7 @@ def examine() -> list[Finding]:
         _headers,
         _router,
         _ip,
+        _nftables,
         _qemu,
         _qemu_img,
         _kvm,
@@ -125,6 +126,17 @@ def _router() -> Finding:
 
 def _ip() -> Finding:
     return _command("ip", "iproute2", ["-V"])
+
+
+def _nftables() -> Finding:
+    found = importlib.util.find_spec("nftables") is not None
+    return Finding(
+        need="nftables",
+        ok=found,
+        found="its Python binding is importable" if found else "no Python binding (pods need --uplink none)",
+        remedy="apt-get install python3-nftables",
+        required=False,
+    )
 
 
 def _qemu() -> Finding:

@@ -35,6 +35,8 @@ def _options(args: argparse.Namespace, note: Callable[[str], None]) -> RunOption
         vmm=args.vmm,
         accel=Accel(args.accel),
         netns=args.netns,
+        uplink=args.uplink,
+        publish=args.publish,
         ready_port=args.ready_port,
         stop_timeout_s=args.stop_timeout,
         remove_when_done=args.rm,

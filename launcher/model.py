@@ -227,7 +227,9 @@ class GuestSpec:
     cmdline: str | None = None  # None: the image's own
     ports: tuple[Port, ...] = ()
     mtu: int | None = None  # None: as its family has it
-    nameservers: tuple[IPv4Address | IPv6Address, ...] = ()
+    nameservers: tuple[IPv4Address | IPv6Address, ...] = ()  # none: the pod's, see resolver.py
+    search: tuple[str, ...] = ()  # domains that short names are looked up in
+    resolver_options: tuple[str, ...] = ()  # of resolv.conf(5), such as `ndots:5`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,9 +27,9 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Interface = IPv4Interface | IPv6Interface
+G = TypeVar("G", bound=tuple[IPv4Interface | IPv6Interface, ...])
 
 BRIDGE = "ukbr0"
 LOOPBACK_IFINDEX = 1  # in every network namespace: include/net/net_namespace.h
@@ -73,6 +74,9 @@ _IFA_F_NODAD = 0x02
 _RTMGRP_NEIGH = 4
 _NUD_ANSWERED = 0x02 | 0x04 | 0x08  # REACHABLE, STALE, DELAY: include/uapi/linux/neighbour.h
 _NUD_FAILED = 0x20
+_RTM_F_FIB_MATCH = 0x2000  # tell the route itself, not what was made of it
+_RT_TABLE_MAIN = 254
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 _REMEDIES = {
     errno.EPERM: "run uklaunch as root",
@@ -198,6 +202,17 @@ def read_sysctls(netns: Path, names: Iterable[str]) -> dict[str, str]:
         return found
 
     with _explained("read the pod's sysctls"):
+        return in_netns(netns, body)
+
+
+def match_sysctls(netns: Path, pattern: str) -> dict[str, str]:
+    """Those whose names match, such as `net/ipv6/conf/*/forwarding`; none if this kernel lacks them."""
+
+    def body() -> dict[str, str]:
+        root = Path("/proc/sys")
+        return {str(path.relative_to(root)): path.read_text().strip() for path in sorted(root.glob(pattern))}
+
+    with _explained("read sysctls"):
         return in_netns(netns, body)
 
 
@@ -688,3 +703,89 @@ def open_socket(netns: Path, family: socket.AddressFamily, kind: socket.SocketKi
     """A non-blocking socket that lives in the namespace, whatever thread uses it."""
     with _explained("open a socket in the pod"):
         return in_netns(netns, lambda: socket.socket(family, kind | socket.SOCK_NONBLOCK))
+
+
+# --- uplinks ---
+
+
+netlink = _iproute  # for several of the following at the price of one: each handle costs 2 ms
+
+
+def first_free(ip: IPRoute, groups: Iterable[G]) -> G | None:
+    """The first group of addresses to which no route of the namespace leads, but perhaps a default route."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    def is_free(address: IPv4Interface | IPv6Interface) -> bool:
+        try:
+            (route, *_) = ip.route("get", dst=str(address.ip), flags=_RTM_F_FIB_MATCH)
+        except NetlinkError:  # ENETUNREACH and its like: no route at all
+            return True
+        return bool(route["dst_len"] == 0)
+
+    return next((group for group in groups if all(is_free(address) for address in group)), None)
+
+
+def add_veth(ip: IPRoute, name: str, netns: Path, peer: str) -> None:
+    """A pair of links, each born in its namespace."""
+    fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        ip.link("add", ifname=name, kind="veth", peer={"ifname": peer, "net_ns_fd": fd})
+    finally:
+        os.close(fd)
+
+
+def set_up_link(
+    ip: IPRoute,
+    name: str,
+    *,
+    alias: str,
+    addresses: Iterable[IPv4Interface | IPv6Interface],
+    routes: Iterable[tuple[IPv4Network | IPv6Network, IPv4Address | IPv6Address]] = (),
+) -> None:
+    """Name the link's owner, give it its addresses, bring it up, and lead (network, gateway) routes over it."""
+    index = int(ip.link_lookup(ifname=name)[0])
+    ip.link("set", index=index, ifalias=f"{TAG}:{alias}")
+    for address in addresses:
+        _add_address(ip, index, address)
+    ip.link("set", index=index, state="up")
+    for network, gateway in routes:
+        with _ipv6_may_be_missing(gateway):
+            ip.route("add", dst=str(network), gateway=str(gateway), oif=index, family=_FAMILIES[gateway.version])
+
+
+@contextlib.contextmanager
+def _ipv6_may_be_missing(address: IPv4Address | IPv6Address) -> Iterator[None]:
+    """IPv6 switched off on this host: what is to be done is done for IPv4 alone."""
+    try:
+        yield
+    except Exception as exc:
+        if address.version == 4 or getattr(exc, "code", None) not in (errno.EACCES, errno.EOPNOTSUPP):
+            raise
+
+
+def add_local_route(netns: Path, name: str, address: IPv6Address, metric: int) -> None:
+    """Take packets for the address that come in from the link as the namespace's own. Idempotent."""
+    with _iproute(netns, f"route {address}") as ip, _ipv6_may_be_missing(address):
+        index = int(ip.link_lookup(ifname=name)[0])
+        ip.route("replace", dst=f"{address}/128", type="local", table=_RT_TABLE_MAIN, oif=index, priority=metric)
+
+
+def find_uplink(netns: Path) -> tuple[str, list[IPv4Address | IPv6Address]]:
+    """The link that the default routes leave by, and its addresses of global scope; ("", []) if there is none."""
+    with _iproute(netns, "look for an uplink") as ip:
+        for family in _FAMILIES.values():
+            for route in ip.get_default_routes(family=family, table=_RT_TABLE_MAIN):
+                if (index := route.get_attr("RTA_OIF")) is not None:
+                    (link,) = ip.get_links(index)
+                    rows = ip.get_addr(index=index, scope=0)
+                    found = [row.get_attr("IFA_LOCAL") or row.get_attr("IFA_ADDRESS") for row in rows]
+                    return str(link.get_attr("IFLA_IFNAME")), [ip_address(text) for text in found]
+    return "", []
+
+
+def delete_links(netns: Path, names: Iterable[str]) -> None:
+    """Those that exist."""
+    present = link_indexes(netns)
+    for name in names:
+        if name in present:
+            delete_link(netns, present[name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Interface, IPv6Interface
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import router
 
-from . import net, reset, state
+from . import net, reset, resolver, state, uplink
 from .errors import UklaunchError, UsageError
 from .model import DEFAULT_MTU, GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, check_name
+from .publish import Publish
 from .timeline import mark
 
 NAMESPACE_PREFIX = "uk-"
@@ -44,8 +45,16 @@ def open_router() -> Iterator[router.Router]:
 # --- create and delete ---
 
 
-def _begin(name: str, *, plan: AddressPlan, netns: Path | None, ephemeral: bool) -> state.PodRecord:
-    """The pod's record and namespace, without a bridge yet. Under the pod's lock."""
+def _begin(
+    name: str,
+    *,
+    plan: AddressPlan,
+    netns: Path | None,
+    ephemeral: bool,
+    outside: str,
+    published: Sequence[Publish] = (),
+) -> state.PodRecord:
+    """The pod's record and namespace, without a bridge yet. Under the pod's lock. `outside`: its uplink."""
     path = netns or state.NETNS_DIR / f"{NAMESPACE_PREFIX}{name}"
     if netns is not None:
         net.check_netns(netns)
@@ -61,11 +70,13 @@ def _begin(name: str, *, plan: AddressPlan, netns: Path | None, ephemeral: bool)
         ipv4=str(plan.ipv4),
         ipv6=str(plan.ipv6),
         saved_sysctls={},
+        uplink=outside,
+        published=tuple(str(item) for item in published),
     )
     state.write_pod(record)
     if netns is None:
         net.create_netns(path)
-    return record
+    return uplink.open_cni(record)
 
 
 def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
@@ -73,16 +84,18 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     netns, plan = Path(record.netns), plan_of(record)
     record = replace(record, saved_sysctls=net.write_sysctls(netns, net.LOOPBACK_SYSCTLS))
     state.write_pod(record)
-    bridge = net.make_bridge(netns, plan, record.name)
-    mark("bridge")
     with state.lock(state.root() / "lock") as last:  # two pods must not take one id
         record = replace(record, id=_next_id(last, set(table.pod_ids())))
         state.write_pod(record)
+    with uplink.opening(record) as opened:
+        bridge = net.make_bridge(netns, plan, record.name)
+        mark("bridge")
         table.add_pod(
             record.id,
             router.PodRow(ifindex=bridge, mac=plan.mac, ipv4=plan.ipv4.ip, ipv6=plan.ipv6.ip),
         )
-    made = net.attach_loopback(netns, table.program_fd, record.id)
+        made = net.attach_loopback(netns, table.program_fd, record.id)
+    record = uplink.join_own(opened[0])
     record = replace(record, own_clsact=made, bridge=bridge)
     state.write_pod(record)
     return record
@@ -105,6 +118,13 @@ def _next_id(last: int, taken: set[int]) -> int:
 
 def _remove(record: state.PodRecord) -> None:
     """Undo `_begin` and `_finish`, however far they came. Idempotent; under the pod's lock."""
+    try:
+        uplink.close(record)
+    finally:
+        _remove_inside(record)
+
+
+def _remove_inside(record: state.PodRecord) -> None:
     netns = Path(record.netns)
     with contextlib.suppress(FileNotFoundError, UklaunchError):
         # Off `lo` first: the namespace lives on if a container is in it, and must not meet the id's next pod.
@@ -113,7 +133,7 @@ def _remove(record: state.PodRecord) -> None:
     if record.adopted and netns.exists():
         if bridge := net.link_indexes(netns).get(net.BRIDGE):
             net.delete_link(netns, bridge)
-        net.write_sysctls(netns, record.saved_sysctls)
+        net.write_sysctls(netns, dict(reversed(record.saved_sysctls.items())))
     elif not record.adopted:
         net.delete_netns(netns)
     if record.id:
@@ -127,26 +147,34 @@ def create(
     *,
     plan: AddressPlan | None = None,
     netns: Path | None = None,
+    outside: str | None = None,
+    publish: Sequence[Publish] = (),
 ) -> state.PodRecord:
     """Make a pod that stays until `delete`. `netns`: adopt that namespace instead of making one.
 
-    Raises UsageError if the pod exists or the name cannot be used.
+    `outside`: its uplink: nat (the default), none, or cni:NAME; `publish`: ports of the host's that lead to the pod.
+    Raises UsageError if the pod exists, the name cannot be used, or a port cannot be had.
     """
     check_name("pod", name)
+    chosen = uplink.choose(outside, netns)
+    uplink.check_publish(publish, chosen)
     with state.pod_lock(name):
         if (old := state.read_pod(name)) is not None:
             if old.bridge:
                 raise UsageError(f"pod {name!r} exists", f"remove it first: uklaunch pod rm {name}")
             _remove(old)
-        return _make(name, plan=plan or AddressPlan(), netns=netns, ephemeral=False)
+        return _make(name, plan=plan or AddressPlan(), netns=netns, outside=chosen, published=publish)
 
 
-def _make(name: str, *, plan: AddressPlan, netns: Path | None, ephemeral: bool) -> state.PodRecord:
-    record = None
+def _make(
+    name: str, *, plan: AddressPlan, netns: Path | None, outside: str, published: Sequence[Publish]
+) -> state.PodRecord:
     try:
-        record = _begin(name, plan=plan, netns=netns, ephemeral=ephemeral)
+        record = _begin(name, plan=plan, netns=netns, ephemeral=False, outside=outside, published=published)
         with open_router() as table:
-            return _finish(record, table)
+            record = _finish(record, table)
+        uplink.publish(record, published)
+        return record
     except BaseException:
         _undo(name)
         raise
@@ -190,15 +218,22 @@ def delete_if_abandoned(name: str) -> bool:
 
 @contextlib.asynccontextmanager
 async def open_pod(
-    name: str, *, plan: AddressPlan | None = None, netns: Path | None = None
+    name: str,
+    *,
+    plan: AddressPlan | None = None,
+    netns: Path | None = None,
+    uplink: str | None = None,
+    publish: Sequence[Publish] = (),
 ) -> AsyncIterator[state.PodRecord]:
     """A pod for the length of a block: created on entry, removed on exit, also when cancelled.
 
-    `netns` adopts an existing namespace, which is left as it was. Raises UsageError if the pod exists.
+    `netns` adopts an existing namespace, which is left as it was. `uplink` (nat, none, cni:NAME) and `publish` as for
+    `create`. Raises UsageError if the pod exists.
     """
     import trio
 
-    record = await trio.to_thread.run_sync(partial(create, name, plan=plan, netns=netns))
+    make = partial(create, name, plan=plan, netns=netns, outside=uplink, publish=publish)
+    record = await trio.to_thread.run_sync(make)
     try:
         yield record
     finally:
@@ -219,6 +254,7 @@ class Membership:
     tap: str
     tap_fd: int
     mtu: int
+    resolver: resolver.Resolver  # whom the guest is to ask for names
     _lock: contextlib.ExitStack
     ifindex: int = 0  # of the TAP, from `connect` on
 
@@ -238,8 +274,11 @@ class Membership:
             mtu=self.mtu,
         )
 
-    def connect(self, ports: tuple[Port, ...]) -> None:
-        """Finish the pod if it is new, and put the TAP on its bridge, behind the router."""
+    def connect(self, ports: tuple[Port, ...], publish: Sequence[Publish] = (), *, ipv6: bool = True) -> None:
+        """Finish the pod if it is new, and put the TAP on its bridge, behind the router.
+
+        `publish`: ports of the host's that lead to `ports`. `ipv6`: will the guest answer to its IPv6 address?
+        """
         with open_router() as table:
             if not self.record.bridge:
                 self.record = _finish(self.record, table)
@@ -263,6 +302,9 @@ class Membership:
                 ),
             )
             self.attach(table.program_fd)
+        uplink.lead_to_resolver(self.record, self.resolver)
+        uplink.deliver(self.record, self.guest, ports, (nic.ipv4.ip, nic.ipv6.ip) if ipv6 else (nic.ipv4.ip,))
+        uplink.publish(self.record, publish, self.guest)
         self._lock.close()
 
     def attach(self, program_fd: int) -> None:
@@ -294,6 +336,8 @@ class Membership:
             others = [guest for guest in running_guests(name) if guest.name != self.guest]
             if not others and (record.ephemeral or not record.bridge):
                 _remove(record)
+            else:
+                uplink.forget_guests(record, [guest.name for guest in others])
 
 
 def free_index(name: str) -> int:
@@ -306,7 +350,14 @@ def free_index(name: str) -> int:
 
 @contextlib.contextmanager
 def joining(
-    name: str, guest: str, *, netns: Path | None = None, plan: AddressPlan | None = None, mtu: int = DEFAULT_MTU
+    name: str,
+    guest: str,
+    *,
+    netns: Path | None = None,
+    plan: AddressPlan | None = None,
+    outside: str | None = None,
+    publish: Sequence[Publish] = (),
+    mtu: int = DEFAULT_MTU,
 ) -> Iterator[Membership]:
     """A guest's place in a pod for the length of a block; makes the pod if it is missing.
 
@@ -322,19 +373,24 @@ def joining(
             record = None
         if record is not None and netns is not None and record.netns != str(netns):
             raise UsageError(f"pod {name!r} is in {record.netns}, not in {netns}", "leave out --netns")
+        if record is not None and outside not in (None, record.uplink):
+            raise UsageError(f"pod {name!r} has uplink {record.uplink}, not {outside}", "leave out --uplink")
+        chosen = record.uplink if record is not None else uplink.choose(outside, netns)
+        uplink.check_publish(publish, chosen)
         try:
             if record is None:
-                record = _begin(name, plan=plan or AddressPlan(), netns=netns, ephemeral=True)
+                record = _begin(name, plan=plan or AddressPlan(), netns=netns, ephemeral=True, outside=chosen)
             index = free_index(name)
             tap = f"uktap{index}"
             mark("namespace")
             tap_fd = net.open_tap(Path(record.netns), tap)
             mark("tap")
+            found = uplink.resolve(record, plan_of(record))
         except BaseException:
             if (left := state.read_pod(name)) is not None and not left.bridge:
                 _undo(name)
             raise
-        membership = Membership(record, guest, index, tap, tap_fd, mtu, lock)
+        membership = Membership(record, guest, index, tap, tap_fd, mtu, found, lock)
         try:
             yield membership
         finally:
@@ -356,6 +412,7 @@ def forget_dead_guests(name: str) -> None:
             for row in table.guests(record.id):
                 if row.ifindex not in present:
                     reset.reset(Path(record.netns), table.remove_guest(record.id, row.ifindex))
+        uplink.forget_guests(record, [guest.name for guest in running_guests(name)])
 
 
 def unknown_ids(table: router.Router) -> list[int]:
@@ -372,3 +429,8 @@ def forget_unknown_ids() -> list[int]:
         for pod_id in unknown:
             table.remove_pod(pod_id)
         return unknown
+
+
+def forget_unknown_uplinks() -> list[str]:
+    """Take out of the host what is of an uplink of no pod. Returns the pods' names."""
+    return uplink.forget_unknown(lambda: {record.name for record in state.pods()})

@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -29,6 +29,7 @@ from .errors import ExitCode, UklaunchError, UsageError
 from .guests import FAMILIES
 from .healing import heal
 from .model import Accel, AddressPlan, Boot, ExitReason, GuestSpec, check_name, format_mac
+from .publish import Publish
 from .timeline import mark
 from .vmm import VMMS
 from .vmm.accel import KvmStatus, choose
@@ -52,6 +53,8 @@ class RunOptions:
     accel: Accel = Accel.AUTO
     netns: Path | None = None  # adopt this namespace if the pod does not exist
     plan: AddressPlan | None = None
+    uplink: str | None = None  # of the pod, if it does not exist: nat (the default), none or cni:NAME
+    publish: tuple[Publish, ...] = ()  # ports of the host's that lead to this guest
     ready_port: int | None = None  # ready is when the guest accepts TCP here, not when its NIC answers
     stop_timeout_s: float = 10.0  # how long a guest may take to power down
     remove_when_done: bool = False
@@ -302,7 +305,15 @@ class _Place:
 def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterator[_Place]:
     """A seat in the pod, a directory, a record and the locks, for one guest."""
     mtu = spec.mtu or FAMILIES[spec.image.family].MTU
-    with pod.joining(spec.pod, spec.name, netns=options.netns, plan=options.plan, mtu=mtu) as member:
+    with pod.joining(
+        spec.pod,
+        spec.name,
+        netns=options.netns,
+        plan=options.plan,
+        outside=options.uplink,
+        publish=options.publish,
+        mtu=mtu,
+    ) as member:
         old = state.read_guest(spec.pod, spec.name)
         if old is not None and state.alive(old):
             raise UsageError(
@@ -326,6 +337,7 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
             memory_mib=spec.memory_mib,
             cpus=spec.cpus,
             ports=tuple(str(port) for port in spec.ports),
+            published=tuple(str(item) for item in options.publish),
             supervisor_pid=os.getpid(),
             started_at=time.time(),
             remove_when_done=options.remove_when_done,
@@ -382,14 +394,21 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     accel, kvm = choose(options.accel)
     _say_accel(options.accel, accel, kvm, options)
     start = VMMS[options.vmm]
+    # A published port is a declared one.
+    ports = tuple(dict.fromkeys((*spec.ports, *(item.guest for item in options.publish))))
+    spec = replace(spec, ports=ports)
     async with contextlib.AsyncExitStack() as stack:
         place = await stack.enter_async_context(_threaded(_taking_place(spec, options, accel)))
         member = place.member
+        if not spec.nameservers:
+            found = member.resolver
+            spec = replace(spec, nameservers=found.nameservers, search=found.search, resolver_options=found.options)
         boot = FAMILIES[spec.image.family].configure(spec, member.nic)
         connected = trio.Event()
 
         async def connect() -> None:
-            await trio.to_thread.run_sync(member.connect, spec.ports)
+            join = partial(member.connect, spec.ports, options.publish, ipv6=bool(boot.ipv6))
+            await trio.to_thread.run_sync(join)
             mark("joined")
             connected.set()
 

@@ -51,7 +51,12 @@ class PodRecord:
     ipv4: str
     ipv6: str
     own_clsact: bool = False  # lo's clsact qdisc was made by us
-    saved_sysctls: dict[str, str]  # what an adopted namespace had before
+    saved_sysctls: dict[str, str]  # what an adopted namespace had before, in the order in which it was changed
+    uplink: str = "none"  # nat, none, own or cni:NAME: see uplink.py
+    uplink_link: str = ""  # the pod's end
+    uplink_ipv4: str = ""  # the pod's own addresses there
+    uplink_ipv6: str = ""
+    published: tuple[str, ...] = ()  # for the pod as a whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,7 @@ class GuestRecord:
     memory_mib: int
     cpus: int
     ports: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
     supervisor_pid: int
     vmm_pid: int = 0
     status: str = "starting"  # starting, running, ready, stopping, exited

@@ -7,11 +7,9 @@ must end in a newline (a name at the very end of the file is overlooked).
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv6Address
 from string import Template
 
-from ..model import Nic
+from ..model import GuestSpec, Nic
 
 
 def template(family: str, file: str) -> str:
@@ -29,5 +27,8 @@ def hosts(family: str, name: str, nic: Nic) -> str:
     )
 
 
-def resolv_conf(nameservers: Iterable[IPv4Address | IPv6Address]) -> str:
-    return "".join(f"nameserver {address}\n" for address in nameservers)
+def resolv_conf(spec: GuestSpec) -> str:
+    lines = [f"nameserver {address}" for address in spec.nameservers]
+    lines += [f"search {' '.join(spec.search)}"] * bool(spec.search)
+    lines += [f"options {' '.join(spec.resolver_options)}"] * bool(spec.resolver_options)
+    return "".join(f"{line}\n" for line in lines)

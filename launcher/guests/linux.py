@@ -74,7 +74,7 @@ def overlay(spec: GuestSpec, nic: Nic, command: str) -> bytes:
         (
             cpio.directory("etc"),
             cpio.file("etc/hosts", hosts("linux", spec.name, nic)),
-            cpio.file("etc/resolv.conf", resolv_conf(spec.nameservers)),
+            cpio.file("etc/resolv.conf", resolv_conf(spec)),
             cpio.file("etc/hostname", spec.name + "\n"),
             cpio.directory("uklaunch", 0o700),
             cpio.file("uklaunch/settings", "".join(f"{key}={value}\n" for key, value in settings.items()), 0o600),

@@ -37,7 +37,10 @@ def _network(spec: GuestSpec, nic: Nic) -> object:
                     {"to": "0.0.0.0/0", "via": str(nic.gateway_ipv4)},
                     {"to": "::/0", "via": str(nic.gateway_ipv6)},
                 ],
-                "nameservers": {"addresses": [str(address) for address in spec.nameservers]},
+                "nameservers": {
+                    "addresses": [str(address) for address in spec.nameservers],
+                    **({"search": list(spec.search)} if spec.search else {}),
+                },
                 "mtu": nic.mtu,
             }
         },

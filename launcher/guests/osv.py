@@ -38,7 +38,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
     etc = {
         **image.etc,
         "hosts": hosts("osv", spec.name, nic).encode(),
-        "resolv.conf": resolv_conf(spec.nameservers).encode(),
+        "resolv.conf": resolv_conf(spec).encode(),
     }
     disks.append(Disk(source=rofs.write(etc), readonly=True))
     return Boot(

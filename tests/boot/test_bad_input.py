@@ -4,6 +4,7 @@ nothing left behind."""
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ NOBODY = (
     "setpriv --reuid 65534 --regid 65534 --clear-groups"
     " --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search"
 )
+LISTEN = (
+    "import socket, subprocess, sys; s = socket.create_server(('', 24901)); sys.exit(subprocess.call(sys.argv[1:]))"
+)
+NFTABLES = "/usr/lib/python3/dist-packages/nftables"
 USAGE, OURS, NOT_RUNNABLE, NOT_FOUND = 2, 125, 126, 127
 POD = "bad-input"
 RUN = ("run", "default", "--pod", POD)
@@ -86,6 +91,29 @@ CASES = {
     "metrics: a name to listen on": Case(("metrics", "--listen", "here:9100"), USAGE, "'here' is not an IP address"),
     "metrics: port 70000": Case(("metrics", "--listen", "70000"), USAGE, "70000"),
     "metrics: a stranger's address": Case(("metrics", "--listen", "192.0.2.1:9100"), OURS, "192.0.2.1 port 9100"),
+    "-p without a guest's port": Case((*RUN, "-p", "8080"), USAGE, "8080"),
+    "-p with a name": Case((*RUN, "-p", "localhost:80:80"), USAGE, "'localhost' is not an address"),
+    "-p with an address of another machine": Case((*RUN, "-p", "192.0.2.77:80:80"), USAGE, "192.0.2.77 is not an"),
+    "-p twice": Case((*RUN, "-p", "24900:1", "-p", "127.0.0.1:24900:2"), USAGE, "want the same port"),
+    "-p without an uplink": Case((*RUN, "-p", "24900:1", "--uplink", "none"), USAGE, "needs an uplink"),
+    "-p on a port that is taken": Case(
+        (*RUN, "-p", "24901:1"),
+        USAGE,
+        "a socket listens on it",
+        wrap=f'exec {sys.executable} -c "{LISTEN}" "$@"',
+    ),
+    "unknown uplink": Case((*RUN, "--uplink", "bridge"), USAGE, "nat, none or cni:NAME"),
+    "unknown CNI network": Case((*RUN, "--network", "cni:ukt-none"), USAGE, "'ukt-none'"),
+    "an uplink for an adopted namespace": Case(
+        (*RUN, "--netns", "/proc/self/ns/net", "--uplink", "nat"), USAGE, "its own uplink"
+    ),
+    "pod create: bad -p": Case(("pod", "create", POD, "-p", "x:y"), USAGE, "x:y"),
+    "no Python binding of nftables": Case(
+        RUN,
+        OURS,
+        "apt-get install python3-nftables",
+        wrap=f'exec unshare --mount sh -c \'mount -t tmpfs none {NFTABLES} && exec "$@"\' sh "$@"',
+    ),
     "no root": Case(RUN, OURS, "root", wrap=f'exec {NOBODY} -- "$@"'),
     "no QEMU": Case(RUN, OURS, "qemu-system-x86", wrap='PATH={tmp}/bin exec "$@"'),
     "no /dev/net/tun": Case(

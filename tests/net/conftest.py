@@ -12,17 +12,19 @@ import contextlib
 import errno
 import os
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import router
 from launcher import net, pod, state
 from launcher.model import AddressPlan, Nic, Port, format_mac
+
+from .outside import ip, played_outside
 
 PLAN = AddressPlan()
 
@@ -46,9 +48,10 @@ class PlayedPod:
     def netns(self) -> Path:
         return Path(self.record.netns)
 
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
+    @property
+    def nat(self) -> Path:
+        """Where its packets are translated, if its uplink is nat."""
+        return Path(f"{self.record.netns}.nat")
 
 
 @contextlib.contextmanager
@@ -109,6 +112,8 @@ def played_guest(
             ip(*guest, "addr", "add", str(nic.ipv6), "dev", "eth0", "nodad")
         ip(*guest, "link", "set", "eth0", "up")
         ip(*guest, "route", "add", "default", "via", str(nic.gateway_ipv4))
+        if ipv6:
+            ip(*guest, "-6", "route", "add", "default", "via", str(nic.gateway_ipv6))
         announce(netns, nic, ipv6=ipv6)
         yield PlayedGuest(index=index, netns=netns, nic=nic)
     finally:
@@ -128,11 +133,16 @@ def announce(netns: Path, nic: Nic, *, ipv6: bool = True) -> None:
 
 @contextlib.contextmanager
 def played_pod(
-    guests: int = 1, *, ports: dict[int, tuple[Port, ...]] | None = None, ipv6: bool = True, name: str = "nettest"
+    guests: int = 1,
+    *,
+    ports: dict[int, tuple[Port, ...]] | None = None,
+    ipv6: bool = True,
+    name: str = "nettest",
+    **options: Any,
 ) -> Iterator[PlayedPod]:
-    """A pod with that many guests, at 2, 3, ...; `ports`: what each declares."""
+    """A pod with that many guests, at 2, 3, ...; `ports`: what each declares; `options`: of `pod.create`."""
     with contextlib.ExitStack() as stack:
-        record = pod.create(name)
+        record = pod.create(name, **options)
         stack.callback(pod.delete, name)
         table = stack.enter_context(pod.open_router())
         played = tuple(
@@ -140,6 +150,13 @@ def played_pod(
             for index in range(2, 2 + guests)
         )
         yield PlayedPod(record=record, table=table, guests=played)
+
+
+@pytest.fixture(scope="module")
+def outside() -> Iterator[Path]:
+    """The namespace that plays the outside world."""
+    with played_outside() as netns:
+        yield netns
 
 
 @pytest.fixture(scope="module")

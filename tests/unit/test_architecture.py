@@ -19,14 +19,18 @@ LAYERS = (
     {"run", "container"},
     {"healing"},
     {"pod", "image", "guests", "vmm", "console", "watch"},
-    {"reset"},
-    {"net"},
+    {"uplink"},
+    {"cni"},
+    {"resolver"},
+    {"firewall", "reset"},
+    {"net", "publish"},
     {"state"},
     {"model", "timeline"},
     {"errors"},
 )
 ONLY_IMPORTER = {
     "pyroute2": {"launcher/net.py"},
+    "nftables": {"launcher/firewall.py"},
     "bcc": {"router/compile.py"},
     "argparse": {"launcher/cli.py", "launcher/arguments.py", "launcher/foreground.py"},
 }
