@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import IPv4Interface, IPv6Interface
 from pathlib import Path
@@ -254,9 +254,9 @@ class Membership:
     tap: str
     tap_fd: int
     mtu: int
-    resolver: resolver.Resolver  # whom the guest is to ask for names
     _lock: contextlib.ExitStack
     ifindex: int = 0  # of the TAP, from `connect` on
+    resolver: resolver.Resolver = field(default_factory=resolver.Resolver)  # whom the guest is to ask for names
 
     @property
     def netns(self) -> Path:
@@ -390,7 +390,7 @@ def joining(
             if (left := state.read_pod(name)) is not None and not left.bridge:
                 _undo(name)
             raise
-        membership = Membership(record, guest, index, tap, tap_fd, mtu, found, lock)
+        membership = Membership(record, guest, index, tap, tap_fd, mtu, lock, resolver=found)
         try:
             yield membership
         finally:

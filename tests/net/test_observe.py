@@ -207,7 +207,7 @@ def test_totals(pod: PlayedPod) -> None:
     assert sent[""] == sent["web"] + sent["db"]
     assert sent["lo"] < 10_000  # what the router redirects does not pass lo's sending side
     assert after["web"]["flows"] == 1
-    assert [one["kind"] for one in after.values()] == ["pod", "guest", "guest", "link"]
+    assert [one["kind"] for one in after.values()] == ["pod", "guest", "guest", "link", "link"]
 
 
 def test_rates_are_blocks_when_stdout_is_no_terminal(pod: PlayedPod) -> None:
@@ -215,9 +215,9 @@ def test_rates_are_blocks_when_stdout_is_no_terminal(pod: PlayedPod) -> None:
         assert process.stdout is not None
         lines = [process.stdout.readline().rstrip() for _ in range(12)]
     assert lines[0].split()[:3] == ["POD", "/", "GUEST"]
-    assert [line.split()[0] for line in lines[1:5]] == [POD, "web", "db", "(lo)"]
-    assert lines[5] == ""
-    assert lines[6] == lines[0]
+    assert [line.split()[0] for line in lines[1:6]] == [POD, "web", "db", "(lo)", "(eth0)"]
+    assert lines[6] == ""
+    assert lines[7] == lines[0]
 
 
 def test_rates_are_redrawn_on_a_terminal(pod: PlayedPod) -> None:
