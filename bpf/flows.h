@@ -220,9 +220,8 @@ static inline void fill_reverse(struct hook *h, const struct flow_key *key, cons
 		__builtin_memcpy(rev->smac, h->pod->mac, ETH_ALEN);
 		rev->mtu = h->self->mtu;
 	} else if (is_from_outside(h)) {
-		/* Back to the neighbour that it came from, whose packet this one still is. */
-		bpf_skb_load_bytes(h->skb, ETH_ALEN, rev->dmac, ETH_ALEN);
-		bpf_skb_load_bytes(h->skb, 0, rev->smac, ETH_ALEN);
+		__builtin_memcpy(rev->dmac, h->scratch->neighbour, ETH_ALEN);
+		__builtin_memcpy(rev->smac, h->scratch->uplink, ETH_ALEN);
 	} /* else MACs stay zero, as `lo`'s own is */
 }
 

@@ -322,7 +322,11 @@ int decide(struct __sk_buff *skb)
 	h.pod = pods.lookup(&p.pod_id);
 	if (!h.flows || !h.pod) /* the pod is going away */
 		return p.key.ifindex == LO_IFINDEX ? TC_ACT_UNSPEC : TC_ACT_SHOT;
-	if (p.key.ifindex != LO_IFINDEX && !is_from_outside(&h)) {
+	if (is_from_outside(&h)) {
+		if (bpf_skb_load_bytes(skb, 0, h.scratch->uplink, ETH_ALEN) < 0 ||
+		    bpf_skb_load_bytes(skb, ETH_ALEN, h.scratch->neighbour, ETH_ALEN) < 0)
+			return TC_ACT_UNSPEC;
+	} else if (p.key.ifindex != LO_IFINDEX) {
 		h.self = find_guest(p.pod_id, p.key.ifindex);
 		if (!h.self)
 			return count_drop(&p, DROP_UNKNOWN_GUEST);

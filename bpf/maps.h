@@ -36,6 +36,7 @@ struct pod {
 	struct addr uplink_ipv4;
 	struct addr uplink_ipv6;
 	__u32 uplink;
+	__u32 uplink_translates; /* guests' own connections to the outside, in this namespace: see find_server() */
 	/* What is unused for so long is forgotten. UDP flows are decided anew by the program; of TCP's the table is swept by
 	 * whoever looks into it (router/tables.py), and the oldest go when it is full. */
 	__u32 udp_idle_s;
@@ -43,7 +44,7 @@ struct pod {
 	__u32 tcp_closed_s; /* a connection that is closed, or was never answered */
 	__u32 taps[GUESTS_PER_POD]; /* ifindex of each guest's TAP; the first guest_count are valid */
 };
-_Static_assert(sizeof(struct pod) == 92 + 4 * GUESTS_PER_POD, "pod");
+_Static_assert(sizeof(struct pod) == 96 + 4 * GUESTS_PER_POD, "pod");
 
 BPF_F_TABLE("hash", __u32, struct pod, pods, PODS_MAX, BPF_F_NO_PREALLOC);
 
@@ -224,6 +225,8 @@ struct scratch {
 	__u32 candidate;  /* the TAP of one of them */
 	struct packet packet; /* for the program that a tail call leads to */
 	__u32 next;           /* which of the pod's guests it is to ask */
+	__u8 neighbour[6];    /* MAC addresses of a packet from outside: whom it came from */
+	__u8 uplink[6];       /* and to */
 	__u32 fragments_id;   /* what the fragments of the datagram in hand are marked with */
 	__u8 bytes[96];       /* headers being read or built; the largest: IPv6, ICMPv6, IPv6, UDP */
 };

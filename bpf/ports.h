@@ -53,6 +53,9 @@ static inline __u32 find_server(struct hook *h)
 		if (owner->declared)
 			return 0;
 	}
+	/* This may be an answer to a guest's own question to the outside, which somebody else translates back. */
+	if (h->pod->uplink_translates && is_from_outside(h) && p->key.proto == IPPROTO_UDP)
+		return 0;
 #pragma nounroll
 	for (i = 0; i < GUESTS_PER_POD; i++) {
 		if (i >= h->pod->guest_count)

@@ -23,7 +23,6 @@ from typing import Any
 
 from . import net, state
 from .errors import UklaunchError, UsageError
-from .model import Port
 from .publish import Publish
 
 HOST = Path("/proc/self/ns/net")  # the namespace that uklaunch was called in
@@ -134,11 +133,11 @@ def forget_unknown(pods: Callable[[], Collection[str]]) -> list[str]:
 # --- a pod's table ---
 
 
-def open_pod(netns: Path, inside: str, rest: tuple[IPv4Address, IPv6Address] | None = None) -> None:
-    """Masquerade what comes from the link `inside`. `rest`: whom to send what comes in and no guest has declared."""
+def open_pod(netns: Path, inside: str, to: tuple[IPv4Address, IPv6Address] | None = None) -> None:
+    """Masquerade what comes from the link `inside`. `to`: whom to send what comes in; None: it is there already."""
     text = f'define inside = "{inside}"\n' + _rules("pod")
-    if rest is not None:
-        text += f"define pod_ipv4 = {rest[0]}\ndefine pod_ipv6 = {rest[1]}\n" + _rules("pod-rest")
+    if to is not None:
+        text += f"define pod_ipv4 = {to[0]}\ndefine pod_ipv6 = {to[1]}\n" + _rules("pod-inwards")
     _run(netns, text)
 
 
@@ -147,28 +146,6 @@ def close_pod(netns: Path) -> None:
     if importlib.util.find_spec("nftables") is None:
         return  # then there is nothing of ours
     _run(netns, "".join(f"add table {table}\ndelete table {table}\n" for table in (_POD_TABLE, _RESOLVER_TABLE)))
-
-
-def deliver(netns: Path, guest: str, ports: Iterable[Port], to: Iterable[IPv4Address | IPv6Address]) -> None:
-    """Lead these ports of the pod's own address to a guest, unless another guest has them."""
-    taken = {
-        (name, *element["concat"]) for name, element, _ in _elements(netns, _POD_TABLE) if name.startswith("ports")
-    }
-    _run(
-        netns,
-        "".join(
-            f"add element {_POD_TABLE} ports{address.version} {{ {port.protocol} . {port.number}"
-            f' comment "{guest}" : {address} . {port.number} }}\n'
-            for port in ports
-            for address in to
-            if (f"ports{address.version}", port.protocol.value, port.number) not in taken
-        ),
-    )
-
-
-def undeliver(netns: Path, running: Collection[str]) -> None:
-    """Take out the ports of guests, but not of those that run. Idempotent."""
-    _forget(netns, _POD_TABLE, lambda owner: owner != "" and owner not in running)
 
 
 def lead_to_resolver(netns: Path, address: IPv4Address, ports: Mapping[str, int], *, ours: bool) -> None:

@@ -490,6 +490,14 @@ def attach_loopback(netns: Path, program_fd: int, pod_id: int) -> bool:
         return _attach_router(ip, LOOPBACK_IFINDEX, "egress", program_fd, pod_id)
 
 
+def attach_uplink(netns: Path, name: str, program_fd: int, pod_id: int) -> tuple[int, bool]:
+    """Put the router on what comes in by the uplink, unless it is there. Returns the link's index, and whether the
+    clsact qdisc has been made for it."""
+    with _iproute(netns, f"attach the router to {name}") as ip:
+        index = int(ip.link_lookup(ifname=name)[0])
+        return index, _attach_router(ip, index, "ingress", program_fd, pod_id)
+
+
 def _attach_router(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int) -> bool:
     """Idempotent. Returns whether the link had no clsact qdisc before."""
     made = True
@@ -530,20 +538,25 @@ def attach_program(netns: Path, index: int, hook: str, program_fd: int) -> None:
 def detach_loopback(netns: Path, *, own_clsact: bool) -> None:
     """Idempotent."""
     with _iproute(netns, "take the router off lo") as ip:
-        try:
-            if own_clsact:
-                ip.tc("del", "clsact", LOOPBACK_IFINDEX)
-            else:
-                ip.tc(
-                    "del-filter",
-                    "bpf",
-                    LOOPBACK_IFINDEX,
-                    parent=_PARENTS["egress"],
-                    prio=ROUTER_PREFERENCE,
-                )
-        except Exception as exc:
-            if getattr(exc, "code", None) not in (errno.ENOENT, errno.EINVAL, errno.ENODEV):
-                raise
+        _detach_router(ip, LOOPBACK_IFINDEX, "egress", own_clsact)
+
+
+def detach_uplink(netns: Path, name: str, *, own_clsact: bool) -> None:
+    """Idempotent."""
+    with _iproute(netns, f"take the router off {name}") as ip:
+        for index in ip.link_lookup(ifname=name):
+            _detach_router(ip, index, "ingress", own_clsact)
+
+
+def _detach_router(ip: IPRoute, index: int, hook: str, own_clsact: bool) -> None:
+    try:
+        if own_clsact:
+            ip.tc("del", "clsact", index)
+        else:
+            ip.tc("del-filter", "bpf", index, parent=_PARENTS[hook], prio=ROUTER_PREFERENCE)
+    except Exception as exc:
+        if getattr(exc, "code", None) not in (errno.ENOENT, errno.EINVAL, errno.ENODEV):
+            raise
 
 
 _PARENTS = {"ingress": "ffff:fff2", "egress": "ffff:fff3"}

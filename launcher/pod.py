@@ -95,8 +95,13 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
             router.PodRow(ifindex=bridge, mac=plan.mac, ipv4=plan.ipv4.ip, ipv6=plan.ipv6.ip),
         )
         made = net.attach_loopback(netns, table.program_fd, record.id)
-    record = uplink.join_own(opened[0])
-    record = replace(record, own_clsact=made, bridge=bridge)
+    record = replace(uplink.join_own(opened[0]), own_clsact=made)
+    if record.uplink_link:
+        index, made = net.attach_uplink(netns, record.uplink_link, table.program_fd, record.id)
+        record = replace(record, own_uplink_clsact=made)
+        state.write_pod(record)
+        table.set_uplink(record.id, uplink.row(record, index))
+    record = replace(record, bridge=bridge)
     state.write_pod(record)
     return record
 
@@ -130,6 +135,8 @@ def _remove_inside(record: state.PodRecord) -> None:
         # Off `lo` first: the namespace lives on if a container is in it, and must not meet the id's next pod.
         if record.bridge or record.adopted:
             net.detach_loopback(netns, own_clsact=record.own_clsact)
+            if record.adopted and record.uplink_link:
+                net.detach_uplink(netns, record.uplink_link, own_clsact=record.own_uplink_clsact)
     if record.adopted and netns.exists():
         if bridge := net.link_indexes(netns).get(net.BRIDGE):
             net.delete_link(netns, bridge)
@@ -274,10 +281,10 @@ class Membership:
             mtu=self.mtu,
         )
 
-    def connect(self, ports: tuple[Port, ...], publish: Sequence[Publish] = (), *, ipv6: bool = True) -> None:
+    def connect(self, ports: tuple[Port, ...], publish: Sequence[Publish] = ()) -> None:
         """Finish the pod if it is new, and put the TAP on its bridge, behind the router.
 
-        `publish`: ports of the host's that lead to `ports`. `ipv6`: will the guest answer to its IPv6 address?
+        `publish`: ports of the host's that lead to `ports`.
         """
         with open_router() as table:
             if not self.record.bridge:
@@ -303,7 +310,6 @@ class Membership:
             )
             self.attach(table.program_fd)
         uplink.lead_to_resolver(self.record, self.resolver)
-        uplink.deliver(self.record, self.guest, ports, (nic.ipv4.ip, nic.ipv6.ip) if ipv6 else (nic.ipv4.ip,))
         uplink.publish(self.record, publish, self.guest)
         self._lock.close()
 

@@ -407,8 +407,7 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
         connected = trio.Event()
 
         async def connect() -> None:
-            join = partial(member.connect, spec.ports, options.publish, ipv6=bool(boot.ipv6))
-            await trio.to_thread.run_sync(join)
+            await trio.to_thread.run_sync(member.connect, spec.ports, options.publish)
             mark("joined")
             connected.set()
 

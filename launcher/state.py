@@ -54,6 +54,7 @@ class PodRecord:
     saved_sysctls: dict[str, str]  # what an adopted namespace had before, in the order in which it was changed
     uplink: str = "none"  # nat, none, own or cni:NAME: see uplink.py
     uplink_link: str = ""  # the pod's end
+    own_uplink_clsact: bool = False  # its clsact qdisc was made by us
     uplink_ipv4: str = ""  # the pod's own addresses there
     uplink_ipv6: str = ""
     published: tuple[str, ...] = ()  # for the pod as a whole

@@ -27,11 +27,14 @@ from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_address
 from pathlib import Path
+from typing import cast
+
+import router
 
 from . import cni, firewall, net, resolver, state
 from .errors import UklaunchError, UsageError
 from .firewall import HOST
-from .model import AddressPlan, Port
+from .model import AddressPlan
 from .publish import Publish, check_free
 from .timeline import mark
 
@@ -84,6 +87,17 @@ def addresses(record: state.PodRecord) -> tuple[IPv4Address | IPv6Address, ...]:
 def inner_addresses(record: state.PodRecord) -> tuple[IPv4Address | IPv6Address, ...]:
     """The same as they are on the pod's end of the uplink: what packets that come in there are for."""
     return tuple(address.ip for address in INSIDE_POD) if record.uplink == NAT else addresses(record)
+
+
+def row(record: state.PodRecord, ifindex: int) -> router.UplinkRow:
+    """What the router is to know. In a namespace of ours, guests are translated elsewhere."""
+    found = {address.version: address for address in inner_addresses(record)}
+    return router.UplinkRow(
+        ifindex=ifindex,
+        ipv4=cast("IPv4Address | None", found.get(4)),
+        ipv6=cast("IPv6Address | None", found.get(6)),
+        translates=record.uplink != NAT,
+    )
 
 
 # --- open and close ---
@@ -324,24 +338,11 @@ def publish(record: state.PodRecord, items: Sequence[Publish], guest: str | None
         net.add_local_route(HOST, link, IPv6Address("::1"), metric=record.id)
 
 
-def deliver(
-    record: state.PodRecord,
-    guest: str,
-    ports: Sequence[Port],
-    to: Sequence[IPv4Address | IPv6Address],
-) -> None:
-    """Lead the guest's declared ports from the pod's own address, for those who come in by the uplink, to it."""
-    if ports and record.uplink != NONE:
-        firewall.deliver(_translating_netns(record), guest, ports, to)
-
-
 def forget_guests(record: state.PodRecord, running: Collection[str]) -> None:
-    """Take back what `publish` and `deliver` did for guests that no longer run. Idempotent."""
+    """Take back what `publish` did for guests that no longer run. Idempotent."""
     if record.uplink == NONE:
         return
     firewall.unpublish(record.name, running)
-    if (netns := _translating_netns(record)).exists():
-        firewall.undeliver(netns, running)
 
 
 # --- names ---

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Reason,
         Severed,
         Timeouts,
+        UplinkRow,
     )
     from .tables import DropWatch, Router, drop_reasons, is_loaded, open_router, unload_all
 
@@ -46,6 +47,7 @@ __all__ = [
     "RouterError",
     "Severed",
     "Timeouts",
+    "UplinkRow",
     "drop_reasons",
     "is_loaded",
     "open_router",

@@ -31,6 +31,20 @@ class PodRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UplinkRow:
+    """The link to the outside and the pod's addresses on it, at which guests' ports are reached too.
+
+    `translates`: guests' own connections to the outside are translated in the pod's namespace, behind those addresses.
+    Then a datagram that comes in may be an answer to one of theirs, and goes to a guest only by a port that is known.
+    """
+
+    ifindex: int
+    ipv4: IPv4Address | None
+    ipv6: IPv6Address | None
+    translates: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GuestRow:
     """A guest; `ifindex` is its TAP's. `ports` are those its user declared: ("tcp", 80).
 

@@ -33,6 +33,7 @@ from .model import (
     PortRow,
     Reason,
     Severed,
+    UplinkRow,
 )
 from .ring import Ring
 
@@ -60,6 +61,7 @@ class Pod(ctypes.Structure):
         ("uplink_ipv4", _Address),
         ("uplink_ipv6", _Address),
         ("uplink", _u32),
+        ("uplink_translates", _u32),
         ("udp_idle_s", _u32),
         ("tcp_idle_s", _u32),
         ("tcp_closed_s", _u32),
@@ -305,16 +307,16 @@ class Router:
         self._delete("pod_counters", key)
         self._delete("pods", key)  # last: until now `pod_ids` knows that something is left
 
-    def set_uplink(self, pod_id: int, ifindex: int, ipv4: IPv4Address | None, ipv6: IPv6Address | None) -> None:
-        """The link to the outside and the pod's addresses on it, at which guests' ports are then reached too, for whom
-        `program_fd` is to be attached at its ingress. Ifindex 0: there is none (any more). Raises RouterError."""
+    def set_uplink(self, pod_id: int, row: UplinkRow) -> None:
+        """`program_fd` is to be attached at the uplink's ingress. Raises RouterError if the pod is unknown."""
         key = _pod_key(pod_id)
         pod = self._get("pods", key, Pod)
         if pod is None:
             raise RouterError(f"the router knows no pod {pod_id}")
-        pod.uplink = ifindex
-        pod.uplink_ipv4 = _mapped(ipv4) if ipv4 else _Address()
-        pod.uplink_ipv6 = _mapped(ipv6) if ipv6 else _Address()
+        pod.uplink = row.ifindex
+        pod.uplink_ipv4 = _mapped(row.ipv4) if row.ipv4 else _Address()
+        pod.uplink_ipv6 = _mapped(row.ipv6) if row.ipv6 else _Address()
+        pod.uplink_translates = row.translates
         self._put("pods", key, bytes(pod))
 
     # --- guests ---

@@ -68,6 +68,7 @@ class Fuzzer:
             sock.close()
 
     def _change_pod(self) -> None:
+
         rng = self.random
         self.close()
         self.sockets = [sock for _ in range(4) if (sock := self._listen()) is not None]
@@ -79,7 +80,9 @@ class Fuzzer:
             row = packets.guest_row(index, ports=ports, mtu=rng.choice((1280, 1500, 9000)), **seen)
             self.table.add_guest(POD, row)
         if rng.random() < 0.5:
-            self.table.set_uplink(POD, UPLINK, IPv4Address(PODS_OWN[4]), IPv6Address(PODS_OWN[6]))
+            self.table.set_uplink(
+                POD, router.UplinkRow(ifindex=UPLINK, ipv4=IPv4Address(PODS_OWN[4]), ipv6=IPv6Address(PODS_OWN[6]))
+            )
 
     def _listen(self) -> socket.socket | None:
         family = self.random.choice((socket.AF_INET, socket.AF_INET6))

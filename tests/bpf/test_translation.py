@@ -9,6 +9,8 @@ from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
+import router
+
 from .packets import (
     ACK,
     BRIDGE,
@@ -254,9 +256,16 @@ PODS_OWN = {4: "192.0.2.2", 6: "2001:db8::2"}
 ROUTER_MAC, ETH0_MAC = bytes((6, 0, 0, 0, 0, 1)), bytes((6, 0, 0, 0, 0, 2))
 
 
+def uplink_row(*, translates: bool = False) -> router.UplinkRow:
+    ipv4, ipv6 = IPv4Address(PODS_OWN[4]), IPv6Address(PODS_OWN[6])
+    return router.UplinkRow(ifindex=UPLINK, ipv4=ipv4, ipv6=ipv6, translates=translates)
+
+
 @pytest.fixture
 def uplinked(hooks: Hooks) -> Hooks:
-    hooks.table.set_uplink(POD, UPLINK, IPv4Address(PODS_OWN[4]), IPv6Address(PODS_OWN[6]))
+    hooks.table.set_uplink(
+        POD, router.UplinkRow(ifindex=UPLINK, ipv4=IPv4Address(PODS_OWN[4]), ipv6=IPv6Address(PODS_OWN[6]))
+    )
     return hooks
 
 
@@ -292,6 +301,18 @@ def test_from_outside_by_the_family_that_the_guest_lacks(uplinked: Hooks, family
     verdict, frame = uplinked.send(TAP2, answer)
     back = parse(frame)
     assert (verdict, back.source, back.target) == (REDIRECT, PODS_OWN[other], OUTSIDE[other])
+
+
+@both_families
+def test_an_answer_to_a_guests_own_question_is_no_question(uplinked: Hooks, family: int) -> None:
+    """Where the pod's namespace translates guests it comes to the pod's address: a datagram needs a known port."""
+    uplinked.table.set_uplink(POD, uplink_row(translates=True))
+    uplinked.table.add_guest(POD, guest_row(2, seen_ipv4=True, seen_ipv6=True, ports=(("udp", 53),)))
+    answer = from_outside(OUTSIDE[family], 53, PODS_OWN[family], 40000, UDP)
+    assert uplinked.send(UPLINK, answer) == (PASS, answer)
+    question = from_outside(OUTSIDE[family], 5000, PODS_OWN[family], 53, UDP)
+    assert uplinked.send(UPLINK, question)[0] == REDIRECT
+    assert uplinked.send(UPLINK, from_outside(OUTSIDE[family], 5000, PODS_OWN[family], 80, TCP))[0] == REDIRECT
 
 
 @both_families

@@ -115,11 +115,9 @@ def test_published_ports(
     client: str, server: str, protocol: str, version: int, two_guests: PlayedPod, outside: Path
 ) -> None:
     host, inside = next(ports), next(ports)
-    record, guest = two_guests.record, two_guests.guests[0]
+    record = two_guests.record
     item = Publish(host=host, guest=Port(inside, Protocol(protocol)))
     owner = None if server == "container" else "two"
-    if owner:
-        uplink.deliver(record, owner, [item.guest], (guest.nic.ipv4.ip, guest.nic.ipv6.ip))
     uplink.publish(record, [item], owner)
     with (
         open_in(place(two_guests, server), version, protocol) as listener,
@@ -131,6 +129,40 @@ def test_published_ports(
         assert peer == OUTSIDE[version]  # not hidden
     uplink.forget_guests(record, [])
     assert owner is None or all(other.number != host for other in firewall.published())
+
+
+@pytest.mark.parametrize("version", FAMILIES)
+@pytest.mark.parametrize("protocol", KINDS)
+def test_the_pods_own_address_reaches_a_guests_port(protocol: str, version: int, two_guests: PlayedPod) -> None:
+    """As probes and services expect it: nothing declared, nothing published. The guest sees who it is."""
+    number = next(ports)
+    (own,) = (address for address in uplink.addresses(two_guests.record) if address.version == version)
+    with (
+        open_in(two_guests.guests[1].netns, version, protocol) as listener,
+        open_in(THE_HOST, version, protocol) as sock,
+    ):
+        listener.bind((ANY[version], number))
+        peer = talk(listener, sock, (str(own), number), protocol)
+        assert peer == sock.getsockname()[0]
+
+
+def test_a_port_of_the_pod_that_nobody_serves_is_refused_outside(two_guests: PlayedPod) -> None:
+    for address in uplink.addresses(two_guests.record):
+        with open_in(THE_HOST, address.version, "tcp") as sock, pytest.raises(ConnectionRefusedError):
+            sock.connect((str(address), next(ports)))
+
+
+def test_a_server_on_loopback_is_not_reached_from_outside(two_guests: PlayedPod) -> None:
+    number = next(ports)
+    for address in uplink.addresses(two_guests.record):
+        with (
+            open_in(two_guests.netns, address.version, "tcp") as listener,
+            open_in(THE_HOST, address.version, "tcp") as sock,
+        ):
+            listener.bind((LOOPBACK[address.version], number))
+            listener.listen()
+            with pytest.raises(ConnectionRefusedError):
+                sock.connect((str(address), number))
 
 
 def test_a_port_is_published_at_one_address_alone(two_guests: PlayedPod, outside: Path) -> None:
@@ -356,14 +388,10 @@ def test_gc_after_the_record_is_lost(outside: Path) -> None:
 
 def test_a_dead_guests_ports_are_forgotten(two_guests: PlayedPod) -> None:
     record, number = two_guests.record, next(ports)
-    nic = two_guests.guests[0].nic
-    uplink.deliver(record, "dead", [Port(number)], (nic.ipv4.ip, nic.ipv6.ip))
     uplink.publish(record, [Publish(host=number, guest=Port(number))], "dead")
     assert f". {number} " in rules()
-    assert f". {number} " in rules(two_guests.nat)
     pod.forget_dead_guests(record.name)
     assert f". {number} " not in rules()
-    assert f". {number} " not in rules(two_guests.nat)
 
 
 def test_rules_that_somebody_flushed_come_back_with_the_next_pod(two_guests: PlayedPod, outside: Path) -> None:
@@ -427,7 +455,6 @@ def test_an_adopted_namespace_keeps_its_uplink_and_is_left_as_it_was(theirs: Pat
         host, inside = next(ports), next(ports)
         guest = made.guests[0]
         item = Publish(host=host, guest=Port(inside))
-        uplink.deliver(record, "web", [item.guest], (guest.nic.ipv4.ip, guest.nic.ipv6.ip))
         uplink.publish(record, [item], "web")
         for version in FAMILIES:
             with open_in(guest.netns, version, "tcp") as listener, open_in(THE_HOST, version, "tcp") as sock:
