@@ -455,6 +455,15 @@ def link_indexes(netns: Path) -> dict[str, int]:
     return in_netns(netns, lambda: {name: index for index, name in socket.if_nameindex()})
 
 
+def link_aliases(netns: Path, names: Iterable[str]) -> dict[str, str]:
+    """Of those that exist; an alias is where a link says whose it is."""
+    names = list(names)
+    if not names:
+        return {}  # without pyroute2
+    with _iproute(netns, "look at links") as ip:
+        return {name: link.get_attr("IFLA_IFALIAS") or "" for name in names for link in ip.get_links(ifname=name)}
+
+
 def attach_guest(
     netns: Path,
     *,
@@ -704,11 +713,14 @@ def parse_neighbour_events(data: bytes) -> Iterator[tuple[IPv4Address | IPv6Addr
 
 def are_about(data: bytes, indexes: Collection[int]) -> bool:
     """Is one of these netlink messages about one of the links, or about routes and rules, which are of no one link?"""
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
     from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+    from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
+    of_links = (ifinfmsg, ifaddrmsg, tcmsg)
     return any(
-        message["event"].endswith(("ROUTE", "RULE")) or message.get("index") in indexes
-        for message in MarshalRtnl().parse(data)
+        not isinstance(message, of_links) or message["index"] in indexes for message in MarshalRtnl().parse(data)
     )
 
 

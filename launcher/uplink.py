@@ -21,6 +21,7 @@ idempotent and needs nothing but the pod's record. `firewall` has the rules.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -372,10 +373,11 @@ def forget_unknown(pods: Callable[[], Collection[str]]) -> list[str]:
     Asked for the pods only when it has seen what there is: a pod's record comes before all else of it.
     """
     unknown = {owner.partition("/")[0] for owner in firewall.forget_unknown(pods)}
+    ours = re.compile(HOST_LINK_PREFIX + r"\d+")
     links = {
-        path.name: alias.removeprefix(f"{state.TAG}:")
-        for path in Path("/sys/class/net").glob(f"{HOST_LINK_PREFIX}[0-9]*")
-        if (alias := (path / "ifalias").read_text().strip()).startswith(f"{state.TAG}:")
+        name: alias.removeprefix(f"{state.TAG}:")
+        for name, alias in net.link_aliases(HOST, filter(ours.fullmatch, net.link_indexes(HOST))).items()
+        if alias.startswith(f"{state.TAG}:")
     }
     middles = {path: path.name[len("uk-") : -len(NAT_SUFFIX)] for path in state.NETNS_DIR.glob(f"uk-*{NAT_SUFFIX}")}
     attached = cni.pods()

@@ -5,6 +5,7 @@ The router itself stays: it is loaded once per host and pinned, on purpose. Its 
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ def _namespaces() -> Iterator[str]:
 
 def _links() -> Iterator[str]:
     """Links in the host's own namespace; those of a pod go with its namespace."""
-    for path in Path("/sys/class/net").glob("uk*"):
-        yield f"link {path.name}"
+    for _, name in socket.if_nameindex():
+        if name.startswith("uk"):
+            yield f"link {name}"
 
 
 def _qdiscs() -> Iterator[str]:

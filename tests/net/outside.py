@@ -1,4 +1,5 @@
-"""The outside world, played by a namespace behind the one that the tests are called in.
+"""The outside world, played by a namespace behind the one that the tests are called in, which `make test` makes too:
+the suite never sees the machine's own links.
 
 outside                     the tests' own namespace ("the host")          pod
 wan0 192.0.2.2  ══════════  ukt-wan 192.0.2.1   uk7 ═══ eth0 ── ukbr0 ── guests
@@ -27,6 +28,8 @@ def ip(*words: str) -> None:
 @contextlib.contextmanager
 def played_outside() -> Iterator[Path]:
     """Its namespace. It knows no way to any pod."""
+    ways_out = subprocess.run(["ip", "-o", "route", "show", "default"], check=True, capture_output=True, text=True)
+    assert not ways_out.stdout, "this machine has a way out, and these tests send packets: run them by `make test`"
     name = f"ukt-outside-{os.getpid()}"
     ip("netns", "add", name)
     try:

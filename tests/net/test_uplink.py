@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -250,7 +251,8 @@ def test_the_hosts_own_localhost_stays_shut(two_guests: PlayedPod) -> None:
     uplink.publish(record, [Publish(address=ip_address("127.0.0.1"), host=next(ports), guest=Port(1))])
     link = f"uk{record.id}"
     assert Path(f"/proc/sys/net/ipv4/conf/{link}/route_localnet").read_text() == "1\n"
-    (host_mac,) = (bytes.fromhex(Path(f"/sys/class/net/{link}/address").read_text().replace(":", "").strip()),)
+    shown_link = subprocess.run(["ip", "-j", "link", "show", link], check=True, capture_output=True, text=True).stdout
+    host_mac = bytes.fromhex(json.loads(shown_link)[0]["address"].replace(":", ""))
     host_end = str(ip_address(record.uplink_ipv4) - 1)
     with (
         net.in_netns(two_guests.nat, partial(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)) as raw,
@@ -327,7 +329,7 @@ def test_publishing_needs_an_uplink() -> None:
 
 def traces(name: str, pod_id: int) -> list[str]:
     return [
-        *(f"link uk{pod_id}" for _ in [1] if Path(f"/sys/class/net/uk{pod_id}").exists()),
+        *(f"link {name}" for name in net.link_indexes(firewall.HOST) if name == f"uk{pod_id}"),
         *(line.strip() for line in rules().splitlines() if f'"{name}' in line),
         *(path.name for path in state.NETNS_DIR.glob(f"uk-{name}.*")),
     ]
