@@ -160,6 +160,9 @@ def parser() -> argparse.ArgumentParser:
     create.add_argument("pod", metavar="POD")
     create.add_argument("--netns", type=Path, metavar="PATH", help="adopt this namespace")
     outside(create)
+    unused = "forget a flow after so long without a packet (default: "
+    create.add_argument("--udp-timeout", type=positive, default=30, metavar="SECONDS", help=unused + "30)")
+    create.add_argument("--tcp-timeout", type=positive, default=432000, metavar="SECONDS", help=unused + "five days)")
     create.add_argument("--ipv4", metavar="ADDRESS/PREFIX", help="the bridge's, instead of 169.254.77.1/24")
     create.add_argument("--ipv6", metavar="ADDRESS/PREFIX", help="the bridge's, instead of fd00:77::1/64")
     add("ls", "list pods", to=pod_commands, as_json=True)

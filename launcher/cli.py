@@ -249,7 +249,10 @@ def cmd_pod_create(args: argparse.Namespace) -> int:
     check_name("pod", args.pod)
     publish = parse_publish(args)
     require_root()
-    record = pod.create(args.pod, plan=plan, netns=args.netns, outside=args.uplink, publish=publish)
+    from router import Timeouts
+
+    timeouts = Timeouts(udp_s=args.udp_timeout, tcp_s=args.tcp_timeout)
+    record = pod.create(args.pod, plan=plan, netns=args.netns, outside=args.uplink, publish=publish, timeouts=timeouts)
     note(f"pod {args.pod} is namespace {record.netns}")
     return ExitCode.OK
 

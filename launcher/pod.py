@@ -53,8 +53,10 @@ def _begin(
     ephemeral: bool,
     outside: str,
     published: Sequence[Publish] = (),
+    timeouts: router.Timeouts | None = None,
 ) -> state.PodRecord:
     """The pod's record and namespace, without a bridge yet. Under the pod's lock. `outside`: its uplink."""
+    timeouts = timeouts or router.Timeouts()
     path = netns or state.NETNS_DIR / f"{NAMESPACE_PREFIX}{name}"
     if netns is not None:
         net.check_netns(netns)
@@ -70,6 +72,8 @@ def _begin(
         ipv4=str(plan.ipv4),
         ipv6=str(plan.ipv6),
         saved_sysctls={},
+        udp_timeout_s=timeouts.udp_s,
+        tcp_timeout_s=timeouts.tcp_s,
         uplink=outside,
         published=tuple(str(item) for item in published),
     )
@@ -92,7 +96,13 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
         mark("bridge")
         table.add_pod(
             record.id,
-            router.PodRow(ifindex=bridge, mac=plan.mac, ipv4=plan.ipv4.ip, ipv6=plan.ipv6.ip),
+            router.PodRow(
+                ifindex=bridge,
+                mac=plan.mac,
+                ipv4=plan.ipv4.ip,
+                ipv6=plan.ipv6.ip,
+                timeouts=router.Timeouts(udp_s=record.udp_timeout_s, tcp_s=record.tcp_timeout_s),
+            ),
         )
         made = net.attach_loopback(netns, table.program_fd, record.id)
     record = replace(uplink.join_own(opened[0]), own_clsact=made)
@@ -156,10 +166,12 @@ def create(
     netns: Path | None = None,
     outside: str | None = None,
     publish: Sequence[Publish] = (),
+    timeouts: router.Timeouts | None = None,
 ) -> state.PodRecord:
     """Make a pod that stays until `delete`. `netns`: adopt that namespace instead of making one.
 
-    `outside`: its uplink: nat (the default), none, or cni:NAME; `publish`: ports of the host's that lead to the pod.
+    `outside`: its uplink: nat (the default), none, or cni:NAME; `publish`: ports of the host's that lead to the pod;
+    `timeouts`: of its flows.
     Raises UsageError if the pod exists, the name cannot be used, or a port cannot be had.
     """
     check_name("pod", name)
@@ -170,21 +182,23 @@ def create(
             if old.bridge:
                 raise UsageError(f"pod {name!r} exists", f"remove it first: uklaunch pod rm {name}")
             _remove(old)
-        return _make(name, plan=plan or AddressPlan(), netns=netns, outside=chosen, published=publish)
-
-
-def _make(
-    name: str, *, plan: AddressPlan, netns: Path | None, outside: str, published: Sequence[Publish]
-) -> state.PodRecord:
-    try:
-        record = _begin(name, plan=plan, netns=netns, ephemeral=False, outside=outside, published=published)
-        with open_router() as table:
-            record = _finish(record, table)
-        uplink.publish(record, published)
-        return record
-    except BaseException:
-        _undo(name)
-        raise
+        try:
+            record = _begin(
+                name,
+                plan=plan or AddressPlan(),
+                netns=netns,
+                ephemeral=False,
+                outside=chosen,
+                published=publish,
+                timeouts=timeouts,
+            )
+            with open_router() as table:
+                record = _finish(record, table)
+            uplink.publish(record, publish)
+            return record
+        except BaseException:
+            _undo(name)
+            raise
 
 
 def _undo(name: str) -> None:

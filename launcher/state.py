@@ -52,6 +52,8 @@ class PodRecord:
     ipv6: str
     own_clsact: bool = False  # lo's clsact qdisc was made by us
     saved_sysctls: dict[str, str]  # what an adopted namespace had before, in the order in which it was changed
+    udp_timeout_s: int = 30  # of flows: see router.Timeouts
+    tcp_timeout_s: int = 5 * 24 * 3600
     uplink: str = "none"  # nat, none, own or cni:NAME: see uplink.py
     uplink_link: str = ""  # the pod's end
     own_uplink_clsact: bool = False  # its clsact qdisc was made by us

@@ -593,8 +593,9 @@ def _timeout_s(pod: Pod, key: FlowKey, row: FlowRow, twin: FlowRow) -> int:
         return ASIDE_S
     if key.proto != _PROTOCOLS["tcp"]:
         return int(pod.udp_idle_s)
+    answers = row if row.role == REVERSE else twin
     seen = row.seen | twin.seen
-    closed = seen & SEEN_RST or row.seen & twin.seen & SEEN_FIN or not seen & SEEN_ANSWER
+    closed = seen & SEEN_RST or row.seen & twin.seen & SEEN_FIN or not answers.seen & SEEN_ANSWER
     return int(pod.tcp_closed_s if closed else pod.tcp_idle_s)
 
 
