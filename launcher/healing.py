@@ -1,5 +1,5 @@
 """Keeps a guest's place in its pod as it was made, for the guest's life: `lo`, the bridge, the guest's TAP, their
-addresses, routes and sysctls, and the router on them. Nothing else is touched.
+addresses, routes and sysctls, and the router on them; and the router on the uplink. Nothing else is touched.
 
     event ─► does anything differ? ─► the pod's lock ─► make it, as at first ─► does it still differ?
 
@@ -74,7 +74,8 @@ async def _reason(upkeep: _Upkeep) -> None:
 @contextlib.contextmanager
 def _opened(member: pod.Membership) -> Iterator[_Upkeep]:
     netns, record, plan = member.netns, member.record, pod.plan_of(member.record)
-    links = (net.LOOPBACK_IFINDEX, record.bridge, member.ifindex)
+    uplink = net.link_indexes(netns).get(record.uplink_link, 0)
+    links = (net.LOOPBACK_IFINDEX, record.bridge, member.ifindex, uplink)
     with pod.open_router() as table, watching(netns, links) as watch:
         has_ipv6 = net.has_ipv6(netns, net.BRIDGE)
         versions = (4, 6) if has_ipv6 else (4,)
@@ -113,6 +114,11 @@ def _opened(member: pod.Membership) -> Iterator[_Upkeep]:
                 master=record.bridge,
                 sysctls=net.tap_sysctls(member.tap),
             ),
+            uplink=net.Device(
+                label=f"uplink {record.uplink_link}", name=record.uplink_link, index=uplink, hook="ingress", alone=True
+            )
+            if uplink
+            else None,
         )
 
 
@@ -126,6 +132,7 @@ class _Upkeep:
     loopback: net.Device
     bridge: net.Device
     tap: net.Device
+    uplink: net.Device | None
     offload: net.TapOffload = net.TapOffload(header=10, flags=0)  # drivers/net/tun.c, tun_set_iff
     broken: dict[str, None] = field(default_factory=dict)  # found so, in that order, and not yet seen mended
 
@@ -155,7 +162,8 @@ class _Upkeep:
 
     def faults(self) -> dict[str, list[str]]:
         """By the name of the device, in the order in which they are to be mended."""
-        return net.faults(self.member.netns, (self.loopback, self.bridge, self.tap), self.member.record.id)
+        devices = [device for device in (self.loopback, self.bridge, self.tap, self.uplink) if device is not None]
+        return net.faults(self.member.netns, devices, self.member.record.id)
 
     def mend(self, found: dict[str, list[str]]) -> list[str]:
         """Returns what went wrong."""
@@ -164,8 +172,9 @@ class _Upkeep:
             (self.loopback, self.make_loopback),
             (self.bridge, self.make_bridge),
             (self.tap, self.make_tap),
+            (self.uplink, self.make_uplink),
         ):
-            if device.name in found:
+            if device is not None and device.name in found:
                 try:
                     net.write_sysctls(self.member.netns, device.sysctls)
                     make()
@@ -188,6 +197,10 @@ class _Upkeep:
         if member.ifindex not in net.link_indexes(member.netns).values():
             net.restore_tap(member.netns, member.tap_fd, member.tap, member.ifindex, self.offload)
         member.attach(self.table.program_fd)
+
+    def make_uplink(self) -> None:
+        record = self.member.record
+        net.attach_uplink(self.member.netns, record.uplink_link, self.table.program_fd, record.id)
 
     def sysctls_differ(self) -> bool:
         try:

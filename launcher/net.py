@@ -592,12 +592,13 @@ def _add_filter(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What a link of ours is to be like; `hook` is where the router sits on it."""
+    """What a link of ours is to be like; `hook` is where the router sits on it. `alone`: nothing else of it is ours."""
 
     label: str
     name: str
     index: int
     hook: str = ""
+    alone: bool = False
     alias: str = ""
     mac: str = ""
     mtu: int = 0
@@ -635,6 +636,9 @@ def _faults(
     ip: IPRoute, device: Device, addresses: list[Any], sysctls: Mapping[str, str], pod_id: int
 ) -> Iterator[str]:
     link = _get_link(ip, device.index)
+    if device.alone:
+        yield from _router_faults(ip, device, pod_id) if link is not None else ()
+        return
     if link is None:
         yield "was removed"
         return

@@ -134,6 +134,8 @@ DEEDS = {
     "lo-flush": ("ip addr flush dev lo", "lo: address 127.0.0.1/8 was removed"),
     "lo-qdisc": ("tc qdisc del dev lo clsact", "lo: the router was removed"),
     "lo-filter": ("tc filter del dev lo egress", "lo: the router was removed"),
+    "uplink-filter": ("tc filter del dev eth0 ingress", "uplink eth0: the router was removed"),
+    "uplink-qdisc": ("tc qdisc del dev eth0 clsact", "uplink eth0: the router was removed"),
     "lo-route-localnet": ("sysctl -qw net.ipv4.conf.lo.route_localnet=0", "route_localnet was set to 0"),
     "lo-accept-local": ("sysctl -qw net.ipv4.conf.lo.accept_local=0", "accept_local was set to 0"),
     # What comes while something else is being mended may be mended along with it, without a line of its own.
