@@ -200,7 +200,8 @@ class _Upkeep:
 
     def make_uplink(self) -> None:
         record = self.member.record
-        net.attach_uplink(self.member.netns, record.uplink_link, self.table.program_fd, record.id)
+        if self.uplink is not None:
+            net.attach_uplink(self.member.netns, self.uplink.index, self.table.program_fd, record.id)
 
     def sysctls_differ(self) -> bool:
         try:

@@ -499,12 +499,11 @@ def attach_loopback(netns: Path, program_fd: int, pod_id: int) -> bool:
         return _attach_router(ip, LOOPBACK_IFINDEX, "egress", program_fd, pod_id)
 
 
-def attach_uplink(netns: Path, name: str, program_fd: int, pod_id: int) -> tuple[int, bool]:
-    """Put the router on what comes in by the uplink, unless it is there. Returns the link's index, and whether the
-    clsact qdisc has been made for it."""
-    with _iproute(netns, f"attach the router to {name}") as ip:
-        index = int(ip.link_lookup(ifname=name)[0])
-        return index, _attach_router(ip, index, "ingress", program_fd, pod_id)
+def attach_uplink(netns: Path, index: int, program_fd: int, pod_id: int) -> bool:
+    """Put the router on what comes in by the uplink, unless it is there. Returns whether the clsact qdisc has been made
+    for it."""
+    with _iproute(netns, "attach the router to the uplink") as ip:
+        return _attach_router(ip, index, "ingress", program_fd, pod_id)
 
 
 def _attach_router(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int) -> bool:

@@ -107,10 +107,11 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
         made = net.attach_loopback(netns, table.program_fd, record.id)
     record = replace(uplink.join_own(opened[0]), own_clsact=made)
     if record.uplink_link:
-        index, made = net.attach_uplink(netns, record.uplink_link, table.program_fd, record.id)
+        index = net.link_indexes(netns)[record.uplink_link]
+        table.set_uplink(record.id, uplink.row(record, index))
+        made = net.attach_uplink(netns, index, table.program_fd, record.id)
         record = replace(record, own_uplink_clsact=made)
         state.write_pod(record)
-        table.set_uplink(record.id, uplink.row(record, index))
     record = replace(record, bridge=bridge)
     state.write_pod(record)
     return record
@@ -356,7 +357,7 @@ class Membership:
             others = [guest for guest in running_guests(name) if guest.name != self.guest]
             if not others and (record.ephemeral or not record.bridge):
                 _remove(record)
-            else:
+            elif self.ifindex:  # else another guest of this name may run, which is why we leave
                 uplink.forget_guests(record, [guest.name for guest in others])
 
 

@@ -84,11 +84,12 @@ class FlowState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """`guest` is a guest's index, or None: something in the pod's own namespace."""
+    """`guest` is a guest's index, or None: something in the pod's own namespace or, `outside`, beyond its uplink."""
 
     guest: int | None
     address: Address
     port: int
+    outside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -570,7 +570,9 @@ def _turned_row(key: FlowKey, row: FlowRow) -> FlowRow:
 
 def _flow(key: FlowKey, forward: FlowRow, back: FlowRow, indexes: dict[int, int], now_ns: int) -> Flow:
     def endpoint(row: FlowKey | FlowRow, ifindex: int, address: ctypes.Array[ctypes.c_uint8], port: int) -> Endpoint:
-        return Endpoint(guest=indexes.get(ifindex), address=_address(row.family, address), port=port)
+        guest = indexes.get(ifindex)
+        outside = guest is None and ifindex != LO_IFINDEX
+        return Endpoint(guest=guest, address=_address(row.family, address), port=port, outside=outside)
 
     return Flow(
         protocol=_PROTOCOL_NAMES[key.proto],

@@ -51,7 +51,7 @@ def flow_rows(flows: Sequence[Flow], names: Mapping[int, str]) -> Table:
 
     def who(endpoint: Endpoint) -> str:
         if endpoint.guest is None:
-            return "container"
+            return "outside" if endpoint.outside else "container"
         return names.get(endpoint.guest, f"guest {endpoint.guest}")
 
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -145,6 +146,9 @@ def test_the_pods_own_address_reaches_a_guests_port(protocol: str, version: int,
         listener.bind((ANY[version], number))
         peer = talk(listener, sock, (str(own), number), protocol)
         assert peer == sock.getsockname()[0]
+        (flow,) = (flow for flow in two_guests.table.flows(two_guests.record.id) if flow.dialled.port == number)
+        assert (flow.opener.outside, flow.server.guest) == (True, 3)
+    assert "UNKNOWN_GUEST" not in {reason.name for reason in two_guests.table.counters(two_guests.record.id)}
 
 
 def test_a_port_of_the_pod_that_nobody_serves_is_refused_outside(two_guests: PlayedPod) -> None:
@@ -394,6 +398,15 @@ def test_a_dead_guests_ports_are_forgotten(two_guests: PlayedPod) -> None:
     assert f". {number} " in rules()
     pod.forget_dead_guests(record.name)
     assert f". {number} " not in rules()
+
+
+def test_who_is_refused_a_name_takes_nothing_from_its_holder(two_guests: PlayedPod) -> None:
+    record, number = two_guests.record, next(ports)
+    uplink.publish(record, [Publish(host=number, guest=Port(number))], "holder")
+    refused = pod.Membership(record, "holder", 9, "uktap9", -1, 1500, contextlib.ExitStack())
+    refused.leave()  # as `run` does when it finds that the guest runs
+    assert f". {number} " in rules()
+    uplink.forget_guests(record, [])
 
 
 def test_rules_that_somebody_flushed_come_back_with_the_next_pod(two_guests: PlayedPod, outside: Path) -> None:
