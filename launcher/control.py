@@ -55,17 +55,25 @@ def stop(record: state.GuestRecord, timeout_s: float | None = None) -> None:
                     f"kill -9 {record.supervisor_pid}, then: uklaunch gc --kill",
                 )
             return
-    if state.vmm_runs(record):
-        kill_vmm(record)
+    kill_vmm(record)
     _bury(record)
 
 
+def unsupervised(record: state.GuestRecord) -> bool:
+    """Does the VMM run on without its supervisor? In this order: a supervisor's lock is taken before its VMM's."""
+    return state.vmm_runs(record) and not state.supervised(record)
+
+
 def kill_vmm(record: state.GuestRecord) -> None:
-    """End a VMM that nobody supervises."""
-    with _pidfd(record.vmm_pid, record.directory / "vmm.lock") as pidfd:
-        if pidfd is not None:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _ends_within(pidfd, 10)
+    """End a VMM that nobody supervises, also one whose pid nobody had the time to put down."""
+    with state.pod_lock(record.pod):  # or the next supervisor of that name holds the VMM's lock too
+        if unsupervised(record):
+            with state.holders(record.directory / "vmm.lock") as pidfds:
+                for pidfd in pidfds:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                for pidfd in pidfds:
+                    _ends_within(pidfd, 10)
 
 
 def remove(record: state.GuestRecord, *, force: bool = False) -> None:
@@ -76,7 +84,9 @@ def remove(record: state.GuestRecord, *, force: bool = False) -> None:
             raise UsageError(f"guest {name} is running", f"stop it first, or: uklaunch rm --force {name}")
         stop(record)
     _bury(record)
-    state.forget_guest(record.pod, record.name)
+    with state.pod_lock(record.pod):
+        if not state.alive(record):  # else another run has taken the name meanwhile: that guest is not the one meant
+            state.forget_guest(record.pod, record.name)
 
 
 def remove_pod(name: str, *, force: bool = False) -> None:
@@ -93,19 +103,20 @@ def remove_pod(name: str, *, force: bool = False) -> None:
 
 def _bury(record: state.GuestRecord) -> None:
     """Put down how a guest ended whose supervisor died before it could."""
-    current = state.read_guest(record.pod, record.name)
-    if current is None or current.exited_at is not None or state.alive(current):
-        return
     from .errors import ExitCode
 
-    state.update_guest(
-        current,
-        status="exited",
-        reason="supervisor died",
-        exit_code=int(ExitCode.OURS),
-        exited_at=time.time(),
-        vmm_pid=0,
-    )
+    with state.pod_lock(record.pod):
+        current = state.read_guest(record.pod, record.name)
+        if current is None or current.exited_at is not None or state.alive(current):
+            return
+        state.update_guest(
+            current,
+            status="exited",
+            reason="supervisor died",
+            exit_code=int(ExitCode.OURS),
+            exited_at=time.time(),
+            vmm_pid=0,
+        )
     from . import pod
 
     pod.forget_dead_guests(record.pod)
@@ -124,24 +135,38 @@ class Collected:
 def collect(*, kill: bool = False) -> Iterator[Collected]:
     """Clean up after supervisors that died and launches that were cut off. Idempotent; touches only what is ours.
 
-    A guest that runs without a supervisor is reported, and ended only if `kill`.
+    A guest that runs without a supervisor is reported, and ended only if `kill`, or if it has yet to run.
     """
-    for record in state.guests():
-        name = f"{record.pod}/{record.name}"
-        if state.supervised(record):
+    for pod, guest in state.guest_names():
+        name = f"{pod}/{guest}"
+        record = state.read_guest(pod, guest)
+        if record is None or state.supervised(record):
             continue
-        if state.vmm_runs(record):
-            if not kill:
+        if unsupervised(record):
+            record = state.read_guest(pod, guest) or record  # what its supervisor wrote last
+            if not kill and record.status != "starting":
                 yield Collected("guest", name, "runs without a supervisor; left (--kill ends it)")
                 continue
             kill_vmm(record)
             yield Collected("guest", name, "ran without a supervisor; ended")
         if record.exited_at is None:
             _bury(record)
-            yield Collected("guest", name, "its supervisor had died; recorded as ended")
-            if record.remove_when_done:
-                state.forget_guest(record.pod, record.name)
+            if record.remove_when_done or record.status == "starting":
+                _forget_dead(pod, guest)
+                yield Collected("guest", name, "its supervisor had died; removed")
+            else:
+                yield Collected("guest", name, "its supervisor had died; recorded as ended")
     yield from _collect_pods()
+
+
+def _forget_dead(pod: str, guest: str) -> bool:
+    """Remove what is kept of a guest unless it lives. Returns whether there was anything to remove."""
+    directory = state.guest_dir(pod, guest)
+    with state.pod_lock(pod):
+        if not directory.exists() or any(state.is_held(directory / f"{who}.lock") for who in ("supervisor", "vmm")):
+            return False
+        state.forget_guest(pod, guest)
+        return True
 
 
 def _collect_pods() -> Iterator[Collected]:
@@ -150,11 +175,11 @@ def _collect_pods() -> Iterator[Collected]:
     for record in state.pods():
         if pod.delete_if_abandoned(record.name):
             yield Collected("pod", record.name, "nobody's any more; removed")
-    # Guests' directories without a record: a launch that was cut off between the two.
-    for directory in (state.root() / "guests").glob("*/*"):
-        if not (directory / "guest.json").exists() and not state.is_held(directory / "supervisor.lock"):
-            state.forget_guest(directory.parent.name, directory.name)
-            yield Collected("guest", f"{directory.parent.name}/{directory.name}", "half made; removed")
+    # Guests' directories without a record: a launch that was cut off between the two, or a removal.
+    for name, guest in state.guest_names():
+        if state.read_guest(name, guest) is None and _forget_dead(name, guest):
+            yield Collected("guest", f"{name}/{guest}", "half made; removed")
+    state.forget_unknown_pods()
     for name in pod.forget_unknown_uplinks():
         yield Collected("uplink", f"of pod {name}", "of no pod; removed")
     for pod_id in pod.forget_unknown_ids():

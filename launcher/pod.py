@@ -78,8 +78,10 @@ def _begin(
         published=tuple(str(item) for item in published),
     )
     state.write_pod(record)
+    mark("pod-record")
     if netns is None:
         net.create_netns(path)
+    mark("namespace")
     return uplink.open_cni(record)
 
 
@@ -91,6 +93,7 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     with state.lock(state.root() / "lock") as last:  # two pods must not take one id
         record = replace(record, id=_next_id(last, set(table.pod_ids())))
         state.write_pod(record)
+    mark("pod-id")
     with uplink.opening(record) as opened:
         bridge = net.make_bridge(netns, plan, record.name)
         mark("bridge")
@@ -104,7 +107,9 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
                 timeouts=router.Timeouts(udp_s=record.udp_timeout_s, tcp_s=record.tcp_timeout_s),
             ),
         )
+        mark("pod-row")
         made = net.attach_loopback(netns, table.program_fd, record.id)
+        mark("loopback")
     record = replace(uplink.join_own(opened[0]), own_clsact=made)
     if record.uplink_link:
         index = net.link_indexes(netns)[record.uplink_link]
@@ -112,8 +117,10 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
         made = net.attach_uplink(netns, index, table.program_fd, record.id)
         record = replace(record, own_uplink_clsact=made)
         state.write_pod(record)
+    mark("uplink-row")
     record = replace(record, bridge=bridge)
     state.write_pod(record)
+    mark("pod-made")
     return record
 
 
@@ -134,8 +141,10 @@ def _next_id(last: int, taken: set[int]) -> int:
 
 def _remove(record: state.PodRecord) -> None:
     """Undo `_begin` and `_finish`, however far they came. Idempotent; under the pod's lock."""
+    mark("remove")
     try:
         uplink.close(record)
+        mark("uplink-gone")
     finally:
         _remove_inside(record)
 
@@ -154,10 +163,13 @@ def _remove_inside(record: state.PodRecord) -> None:
         net.write_sysctls(netns, dict(reversed(record.saved_sysctls.items())))
     elif not record.adopted:
         net.delete_netns(netns)
+    mark("namespace-gone")
     if record.id:
         with open_router() as table:
             table.remove_pod(record.id)
+    mark("pod-row-gone")
     state.forget_pod(record.name)
+    mark("pod-forgotten")
 
 
 def create(
@@ -323,7 +335,9 @@ class Membership:
                     mtu=nic.mtu,
                 ),
             )
+            mark("guest-row")
             self.attach(table.program_fd)
+            mark("attached")
         uplink.lead_to_resolver(self.record, self.resolver)
         uplink.publish(self.record, publish, self.guest)
         self._lock.close()
@@ -349,12 +363,15 @@ class Membership:
         name = self.record.name
         with state.pod_lock(name):
             record = state.read_pod(name)
-            if record is None:
-                return
+            if record is None or self.record.id not in (0, record.id):
+                return  # the pod has gone, and perhaps another has its name
+            mark("leave")
             if self.ifindex and record.id:
                 with open_router() as table:
                     reset.reset(Path(record.netns), table.remove_guest(record.id, self.ifindex))
-            others = [guest for guest in running_guests(name) if guest.name != self.guest]
+            mark("guest-row-gone")
+            # Our guest is none of them, for its locks are released; one of its name is another's, who came before us.
+            others = running_guests(name)
             if not others and (record.ephemeral or not record.bridge):
                 _remove(record)
             elif self.ifindex:  # else another guest of this name may run, which is why we leave
@@ -386,7 +403,7 @@ def joining(
     caller writes the guest's record, and holds its supervisor's lock, before `connect`.
     """
     check_name("pod", name)
-    with contextlib.ExitStack() as lock:
+    with contextlib.ExitStack() as lock, contextlib.ExitStack() as tap_file:
         lock.enter_context(state.pod_lock(name))
         record = state.read_pod(name)
         if record is not None and not record.bridge:
@@ -403,8 +420,8 @@ def joining(
                 record = _begin(name, plan=plan or AddressPlan(), netns=netns, ephemeral=True, outside=chosen)
             index = free_index(name)
             tap = f"uktap{index}"
-            mark("namespace")
             tap_fd = net.open_tap(Path(record.netns), tap)
+            tap_file.callback(os.close, tap_fd)
             mark("tap")
             found = uplink.resolve(record, plan_of(record))
         except BaseException:
@@ -415,7 +432,7 @@ def joining(
         try:
             yield membership
         finally:
-            os.close(tap_fd)
+            tap_file.close()
             membership.leave()
 
 

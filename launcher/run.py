@@ -130,6 +130,7 @@ class Guest:
             self._patience.cancel()
             return
         self._stop_asked = True
+        mark("stop")
         self.update(status="stopping")
         steps: list[tuple[Callable[[], Awaitable[None]], float]] = [(self.vmm.quit, QUIT_TIMEOUT_S)]
         if self.boot.powers_down:
@@ -201,10 +202,13 @@ class Guest:
         with trio.CancelScope(shield=True):
             try:
                 code = await self.vmm.wait()
+                mark("vmm-gone")
                 qmp_reason = await self.vmm.shutdown_reason()
                 with trio.move_on_after(CONSOLE_TIMEOUT_S):
                     await copied.wait()
                 reason, exit_code = self._outcome(code, qmp_reason)
+                if reason is ExitReason.VMM_FAILED:
+                    self.say(self.vmm.failure("QEMU ended").message)
                 self.update(
                     status="exited",
                     reason=reason.value,
@@ -342,22 +346,36 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
             started_at=time.time(),
             remove_when_done=options.remove_when_done,
         )
-        state.guest_dir(spec.pod, spec.name).mkdir(mode=0o700, parents=True)
-        remove = True
-        try:
-            with (
-                state.lock(record.directory / "supervisor.lock"),
-                state.lock(record.directory / "vmm.lock") as vmm_lock,
-                Console.open(record.console_log) as console,
-            ):
+        with _guest_directory(record) as (vmm_lock, console):
+            remove = True
+            try:
                 state.write_guest(record)
+                mark("record")
                 yield _Place(member, record, vmm_lock, console)
-            remove = options.remove_when_done
-        finally:
-            # A guest that never ran leaves nothing; one that ended keeps its record and its console.
-            final = state.read_guest(spec.pod, spec.name)
-            if remove and (options.remove_when_done or final is None or final.exited_at is None):
-                state.forget_guest(spec.pod, spec.name)
+                remove = options.remove_when_done
+            finally:
+                # A guest that never ran leaves nothing; one that ended keeps its record and its console.
+                final = state.read_guest(spec.pod, spec.name)
+                if remove and (options.remove_when_done or final is None or final.exited_at is None):
+                    state.forget_guest(spec.pod, spec.name)
+
+
+@contextlib.contextmanager
+def _guest_directory(record: state.GuestRecord) -> Iterator[tuple[int, Console]]:
+    """The guest's directory, new, with its locks held and its console open. Entered under the pod's lock."""
+    with contextlib.ExitStack() as held:
+        try:
+            record.directory.mkdir(mode=0o700, parents=True)
+            held.enter_context(state.lock(record.directory / "supervisor.lock"))
+            vmm_lock = held.enter_context(state.lock(record.directory / "vmm.lock"))
+            console = held.enter_context(Console.open(record.console_log))
+            mark("place")
+        except BaseException as exc:
+            state.forget_guest(record.pod, record.name)
+            if isinstance(exc, OSError):
+                raise state.state_error(record.directory, exc) from exc
+            raise
+        yield vmm_lock, console
 
 
 @contextlib.asynccontextmanager

@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -147,7 +148,17 @@ def _write(path: Path, record: PodRecord | GuestRecord) -> None:
         new.write_text(json.dumps(asdict(record), indent=1) + "\n")
         new.replace(path)
     except OSError as exc:
+        with contextlib.suppress(OSError):
+            new.unlink()
         raise state_error(path, exc) from exc
+
+
+def _names(directory: Path) -> list[str]:
+    """What is in the directory, sorted; nothing if it is gone, as it may at any moment."""
+    try:
+        return sorted(path.name for path in directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 # --- pods ---
@@ -174,8 +185,15 @@ def forget_pod(name: str) -> None:
 
 
 def pods() -> list[PodRecord]:
-    found = (read_pod(path.stem) for path in sorted((root() / "pods").glob("*.json")))
-    return [record for record in found if record is not None]
+    names = (name for name in _names(root() / "pods") if name.endswith(".json"))
+    return [record for name in names if (record := read_pod(name.removesuffix(".json"))) is not None]
+
+
+def forget_unknown_pods() -> None:
+    """Remove what is left of pods that have no record: locks, half-written records. Idempotent."""
+    for name in {Path(name).stem for name in _names(root() / "pods")} - {record.name for record in pods()}:
+        with pod_lock(name):
+            pass  # its end removes them
 
 
 # --- guests ---
@@ -195,16 +213,24 @@ def update_guest(record: GuestRecord, **changes: Any) -> GuestRecord:
 
 
 def forget_guest(pod: str, name: str) -> None:
-    shutil.rmtree(guest_dir(pod, name), ignore_errors=True)
-    with contextlib.suppress(OSError):  # not empty: it has other guests
-        guest_dir(pod, name).parent.rmdir()
+    """Remove all that is kept of a guest. Under its supervisor's lock, or the pod's: its name may be taken anew."""
+    directory = guest_dir(pod, name)
+    # Out of the way in one step: what comes next under that name is not ours to remove.
+    going = directory.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}")
+    with contextlib.suppress(OSError):
+        (directory / "guest.json").unlink(missing_ok=True)
+        directory.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def guest_names(pod: str | None = None) -> list[tuple[str, str]]:
+    """(pod, guest) of all directories, whether or not they have a record."""
+    pods = _names(root() / "guests") if pod is None else [pod]
+    return [(pod, name) for pod in pods for name in _names(root() / "guests" / pod)]
 
 
 def guests(pod: str | None = None) -> list[GuestRecord]:
-    found = (
-        read_guest(path.parent.parent.name, path.parent.name)
-        for path in sorted((root() / "guests").glob(f"{pod or '*'}/*/guest.json"))
-    )
+    found = (read_guest(*names) for names in guest_names(pod))
     return [record for record in found if record is not None]
 
 
@@ -255,8 +281,47 @@ def lock(path: Path) -> Iterator[int]:
             os.close(fd)
 
 
-def pod_lock(name: str) -> contextlib.AbstractContextManager[int]:
-    return lock(root() / "pods" / f"{name}.lock")
+@contextlib.contextmanager
+def pod_lock(name: str) -> Iterator[int]:
+    """Held while the pod's structure changes, and while a guest of it takes its place or is forgotten.
+
+    What is left of the pod goes at the end if it has no record by then: the lock too.
+    """
+    path = root() / "pods" / f"{name}.lock"
+    with lock(path) as fd:
+        try:
+            yield fd
+        finally:
+            if not pod_file(name).exists():
+                with contextlib.suppress(OSError):  # not empty: guests that have ended
+                    (root() / "guests" / name).rmdir()
+                pod_file(name).with_suffix(".new").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holders(path: Path) -> Iterator[list[int]]:
+    """Handles (pidfds) on the living processes that hold the lock, however they came by it; root sees them all."""
+    with contextlib.ExitStack() as stack:
+        yield [fd for pid in _names(Path("/proc")) if pid.isdecimal() and (fd := _holder(pid, path, stack)) is not None]
+
+
+def _holder(pid: str, path: Path, stack: contextlib.ExitStack) -> int | None:
+    try:
+        wanted = path.stat()
+        handle = os.pidfd_open(int(pid))  # first, so that what is found is found of this very process
+    except OSError:
+        return None
+    for fd in _names(Path("/proc", pid, "fd")):
+        with contextlib.suppress(OSError):
+            # Another may have it open to ask whether it is held: fdinfo tells which open files hold a lock.
+            if os.path.samestat(Path("/proc", pid, "fd", fd).stat(), wanted):
+                info = Path("/proc", pid, "fdinfo", fd).read_text()
+                if any(line.startswith("lock:") and "FLOCK" in line and "WRITE" in line for line in info.splitlines()):
+                    stack.callback(os.close, handle)
+                    return handle
+    os.close(handle)
+    return None
 
 
 def is_held(path: Path) -> bool:

@@ -390,12 +390,12 @@ async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | No
                 env={"PATH": os.environ.get("PATH", os.defpath)},
                 start_new_session=True,  # a Ctrl-C on our terminal is for us alone
             )
-        mark("vmm-exec")
-        qmp_theirs.close()
-        console_theirs.close()
         console = trio.SocketStream(trio.socket.from_stdlib_socket(console_ours))
         vmm = Vmm(process, machine, console, command)
         stack.push_async_callback(_reap, vmm)
+        mark("vmm-exec")
+        qmp_theirs.close()
+        console_theirs.close()
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(_collect_stderr, vmm)
         from trio_asyncio import open_loop  # while QEMU loads
