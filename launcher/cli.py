@@ -588,9 +588,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who read our output has gone; leave nothing in the buffer for the interpreter to complain about.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
-    except BaseExceptionGroup as group:
+    except (BaseExceptionGroup, OSError, MemoryError) as exc:
         from .errors import first_error
 
-        if debug or (error := first_error(group)) is None:
+        if debug or (error := first_error(exc)) is None:
             raise
         return complain(error)

@@ -6,6 +6,10 @@ says what and why, a hint that says what to do. Anything else that escapes is a 
 
 from __future__ import annotations
 
+import errno
+import os
+import traceback
+from collections.abc import Iterator
 from enum import IntEnum
 
 
@@ -51,16 +55,43 @@ class ImageNotFound(UklaunchError):
     exit_code = ExitCode.NOT_FOUND
 
 
-def first_error(group: BaseExceptionGroup[BaseException]) -> UklaunchError | None:
-    """The error to show out of what several tasks raised together; None if one of them is a bug of ours.
+# What any system call can meet, wherever it is made: errno -> what to do.
+EXHAUSTED = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EMFILE: "allow more open files: ulimit -n, or LimitNOFILE= of its unit",
+    errno.ENFILE: "allow more open files: sysctl fs.file-max",
+    errno.ENOMEM: "free some memory, or raise its limit",
+}
 
-    The only place that unwraps exception groups.
-    """
-    errors, bugs = group.split(UklaunchError)
-    if errors is None or bugs is not None:
+
+def exhausted(exc: BaseException) -> UklaunchError | None:
+    """The error to show if this is the machine's, or a limit's, having no more to give."""
+    if isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and "can't start new thread" in exc.args):
+        exc = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if not isinstance(exc, OSError) or exc.errno not in EXHAUSTED:
         return None
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, UklaunchError)
-    return error
+    where = f": {exc.filename}" if exc.filename is not None else ""
+    detail = "".join(traceback.format_exception(exc))
+    return UklaunchError(f"{os.strerror(exc.errno)}{where}", EXHAUSTED[exc.errno], detail)
+
+
+def first_error(raised: BaseException) -> UklaunchError | None:
+    """The error to show out of what several tasks raised together, or one; None if one of them is a bug of ours.
+
+    What follows from running out of something is no bug. The only place that unwraps exception groups.
+    """
+    leaves = list(_leaves(raised))
+    for leaf in leaves:
+        if (error := exhausted(leaf)) is not None:
+            return error
+    errors = [leaf for leaf in leaves if isinstance(leaf, UklaunchError)]
+    return errors[0] if errors and len(errors) == len(leaves) else None
+
+
+def _leaves(exc: BaseException) -> Iterator[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        for part in exc.exceptions:
+            yield from _leaves(part)
+    else:
+        yield exc

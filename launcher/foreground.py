@@ -234,8 +234,7 @@ def _detached(spec: GuestSpec, args: argparse.Namespace, writer: int) -> int:
 
         return trio.run(partial(_supervise, spec, options, first=report))
     except BaseException as exc:
-        if isinstance(exc, BaseExceptionGroup):
-            exc = first_error(exc) or exc
+        exc = first_error(exc) or exc
         if isinstance(exc, UklaunchError):
             tell(error=exc.message, hint=exc.hint, detail=exc.detail, code=int(exc.exit_code))
         else:

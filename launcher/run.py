@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -41,6 +42,7 @@ QUIT_TIMEOUT_S = 3.0
 CONSOLE_TIMEOUT_S = 5.0  # for a reader of our output who does not read
 READY_POLL_S = 0.05
 DISCARD_PORT = 9
+FILES = 128  # descriptors: a launch takes about fifty, and two for each disk
 CRASHED = 134  # as a program that called abort(3)
 KILLED = 137  # as a program that got SIGKILL
 
@@ -155,8 +157,13 @@ class Guest:
             await self.ready.wait()
             await self.vmm.power_down()
 
-    def update(self, **changes: object) -> None:
-        self.record = state.update_guest(self.record, **changes)
+    def update(self, **changes: Any) -> None:
+        """Put down what has changed. A full disk loses what others get to know, not the guest."""
+        self.record = replace(self.record, **changes)
+        try:
+            state.write_guest(self.record)
+        except UklaunchError as exc:
+            self.say(exc.message)
 
     def say(self, text: str) -> None:
         """Tell a person, who may come to read it later."""
@@ -297,6 +304,19 @@ async def _accepts(netns: Path, address: str, port: int) -> None:
 # --- the run ---
 
 
+def _allow_files() -> None:
+    """Room for the descriptors of a launch, or an error while nothing has been made yet."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= FILES or soft == resource.RLIM_INFINITY:
+        return
+    if hard < FILES and hard != resource.RLIM_INFINITY:
+        raise UklaunchError(
+            f"a launch may need {FILES} open files, and {hard} are allowed",
+            "ulimit -n, or LimitNOFILE= of its unit",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     member: pod.Membership
@@ -409,6 +429,7 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     """
     options = options or RunOptions()
     check_name("guest", spec.name)
+    _allow_files()
     accel, kvm = choose(options.accel)
     _say_accel(options.accel, accel, kvm, options)
     start = VMMS[options.vmm]

@@ -36,9 +36,29 @@ def test_a_record_comes_back_as_it_was(state_dir: Path) -> None:
     record = state.write_guest(guest())
     assert state.read_guest("p", "web") == record
     assert state.guests() == state.guests("p")
-    state.forget_guest("p", "web")
+    with state.pod_lock("p"):
+        state.forget_guest("p", "web")
     assert state.guests() == []
     assert not (state_dir / "guests" / "p").exists()
+    assert list((state_dir / "pods").iterdir()) == []
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one_alone(state_dir: Path) -> None:
+    record = state.write_guest(guest())
+    (record.directory / "guest.new").mkdir()  # stands in the way of the new file
+    with pytest.raises(UklaunchError, match="cannot use"):
+        state.update_guest(record, status="ready")
+    assert state.read_guest("p", "web") == record
+
+
+def test_who_holds_a_lock_is_found_and_who_asks_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    path.touch()
+    with path.open() as _, state.holders(path) as nobody:
+        assert nobody == []
+    with state.lock(path), state.holders(path) as found:
+        assert len(found) == 1
+        assert f"Pid:\t{os.getpid()}\n" in Path(f"/proc/self/fdinfo/{found[0]}").read_text()
 
 
 def test_fields_of_a_newer_version_are_passed_over(state_dir: Path) -> None:
