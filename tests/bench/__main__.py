@@ -23,7 +23,7 @@ from typing import Any
 from launcher import pod
 from launcher.errors import UklaunchError
 
-from . import compare, launch, memory, rates, scale
+from . import compare, cycles, launch, memory, rates, scale
 from .traffic import Unmeasurable
 
 SCHEMA = 1  # of the file: raised when what is there changes its meaning
@@ -36,6 +36,7 @@ QUESTIONS: dict[str, tuple[Callable[[bool], Any], Callable[[Any], None]]] = {
     "rates": (lambda quick: rates.rates(1 if quick else 7, 1 if quick else 2), rates.show),
     "scale": (lambda quick: scale.scale(1 if quick else 7), scale.show),
     "memory": (lambda quick: memory.memory(), memory.show),
+    "cycles": (cycles.cycles, cycles.show),
     "launch": (lambda quick: launch.measure(2 if quick else 7), launch.show),
 }
 
