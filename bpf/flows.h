@@ -19,7 +19,7 @@
  * hardly ever meet a container's own (net->ipv4.ip_local_port_range, 32768-60999). */
 #define PORT_MIN 61000
 #define PORT_COUNT 4536
-#define PORTS_PER_GUEST (PORT_COUNT / GUESTS_PER_POD)
+#define OWN_PORTS_APART 71 /* so that guests which call from the same port seldom meet */
 /* And when those are used up, below it. */
 #define LOW_PORT_MIN 10240
 #define LOW_PORT_COUNT 22528
@@ -141,10 +141,12 @@ static inline int answers_itself(const struct flow_key *key, const struct flow *
 	return fwd->ifindex == key->ifindex && key->sport == key->dport && fwd->sport == key->dport;
 }
 
-/* The server's side waits in TIME_WAIT, of a connection by the same guest: its next one may have the port at once, since its
- * timestamps go on from there (RFC 6191; net/ipv4/tcp_minisocks.c, tcp_timewait_state_process). Without this a server that
- * closes first could be called 75 times a second. */
-static inline int is_own_remnant(struct hook *h, const struct flow *fwd, __u32 state)
+/* The server's side waits in TIME_WAIT, of a connection by the same guest from the same port: the next one may have the
+ * port at once, for its timestamps go on from there (RFC 6191; net/ipv4/tcp_minisocks.c, tcp_timewait_state_process), as
+ * they do not from port to port (net/core/secure_seq.c). `any`: from another port too, rather than not at all: it may take
+ * the guest a second attempt, after some milliseconds. Without this a server that closes first could be called 75 times
+ * a second. */
+static inline int is_own_remnant(struct hook *h, const struct flow *fwd, __u32 state, int any)
 {
 	struct flow *old;
 
@@ -152,11 +154,11 @@ static inline int is_own_remnant(struct hook *h, const struct flow *fwd, __u32 s
 		return 0;
 	reverse_key(&h->scratch->key, &h->p->key, fwd);
 	old = bpf_map_lookup_elem(h->flows, &h->scratch->key);
-	return old && old->ifindex == h->p->key.ifindex;
+	return old && old->ifindex == h->p->key.ifindex && (any || old->dport == h->p->key.sport);
 }
 
 /* Would the new flow, as the far side sees it, be mistaken for a conversation that the pod's stack has already? */
-static inline int port_is_taken(struct hook *h, struct flow *fwd)
+static inline int port_is_taken(struct hook *h, struct flow *fwd, int attempt)
 {
 	const struct flow_key *key = &h->p->key;
 	__u32 state;
@@ -171,19 +173,19 @@ static inline int port_is_taken(struct hook *h, struct flow *fwd)
 		return 0;
 	/* TIME_WAIT on the server's side, of an earlier connection that the table has forgotten */
 	state = find_socket(h, fwd->family, &fwd->saddr, fwd->sport, &fwd->daddr, fwd->dport);
-	return state && state != TCP_LISTEN && !is_own_remnant(h, fwd, state);
+	return state && state != TCP_LISTEN && !is_own_remnant(h, fwd, state, attempt == PORT_ATTEMPTS - 1);
 }
 
-/* A source port to try: first from the guest's own share, in which what is left over is its own; then any. */
+/* A source port to try: first those that belong to the opener's own, so that it is known by the same one when it calls from
+ * there again; then any. */
 static inline __u16 pick_port(struct hook *h, int attempt)
 {
-	__u32 random = bpf_get_prandom_u32();
+	__u32 own = be16(h->p->key.sport) + (h->self ? h->self->index * OWN_PORTS_APART : 0);
 
-	if (attempt < 3 && h->self)
-		return PORT_MIN + h->self->index % GUESTS_PER_POD * PORTS_PER_GUEST + random % PORTS_PER_GUEST;
-	if (attempt < 6)
-		return PORT_MIN + random % PORT_COUNT;
-	return LOW_PORT_MIN + random % LOW_PORT_COUNT;
+	if (attempt < 2)
+		return attempt == 0 ? PORT_MIN + own % PORT_COUNT : LOW_PORT_MIN + own % LOW_PORT_COUNT;
+	own = bpf_get_prandom_u32();
+	return attempt & 1 ? PORT_MIN + own % PORT_COUNT : LOW_PORT_MIN + own % LOW_PORT_COUNT;
 }
 
 /* --- entries ---------------------------------------------------------------------------------------------------- */
@@ -309,7 +311,7 @@ static inline struct flow *open_flow(struct hook *h, __u32 ifindex, struct guest
 		 * to connect from. */
 		if (i > 0 || !to)
 			fwd->sport = be16(pick_port(h, i));
-		if (!port_is_taken(h, fwd) && !reserve(h, fwd, rev, now))
+		if (!port_is_taken(h, fwd, i) && !reserve(h, fwd, rev, now))
 			goto reserved;
 	}
 	return NULL;
