@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +56,22 @@ def seconds(text: str) -> float:
     if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
     return value
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def moment(text: str) -> float:
+    """Seconds since the epoch: so long ago (`90s`, `10m`, `2h`, `1d`), today (`09:30`), or as ISO 8601 says."""
+    now = datetime.now()
+    if match := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd])", text):
+        return now.timestamp() - float(match[1]) * _UNITS[match[2]]
+    if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
+        text = f"{now:%Y-%m-%d}T{text:0>5}"
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time, such as 10m, 2h, 09:30, 2026-01-31T09:30") from None
 
 
 def interval(text: str) -> float:
@@ -132,6 +149,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--ready-port", type=port_number, metavar="PORT", help="ready is when this TCP port accepts")
     run.add_argument("--ready-timeout", type=seconds, default=60.0, metavar="SECONDS")
     run.add_argument("--stop-timeout", type=seconds, default=10.0, metavar="SECONDS", help="to power down in")
+    run.add_argument("--restart", default="no", metavar="no|on-failure[:N]|always", help="start it again when it ends")
+    run.add_argument("--health", metavar="CHECK", help="tcp:PORT, http:PORT/PATH or cmd:COMMAND, from inside the pod")
+    run.add_argument("--health-interval", type=interval, default=10.0, metavar="SECONDS", help="(default: 10)")
+    run.add_argument("--health-retries", type=positive, default=3, metavar="N", help="failures in a row (default: 3)")
+    run.add_argument("--health-start", type=seconds, default=30.0, metavar="SECONDS", help="no failure counts before")
+    run.add_argument("--after", action="append", default=[], metavar="GUEST", help="wait until it is ready, or healthy")
     run.add_argument("--rm", action="store_true", help="forget the guest and its console when it ends")
 
     ps = add("ps", "list guests", as_json=True)
@@ -141,7 +164,9 @@ def parser() -> argparse.ArgumentParser:
     logs = add("logs", "show a guest's console")
     logs.add_argument("guest", metavar="GUEST", help="NAME or POD/NAME")
     logs.add_argument("-f", "--follow", action="store_true")
-    logs.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    part = logs.add_mutually_exclusive_group()
+    part.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    part.add_argument("--since", type=moment, metavar="WHEN", help="such as 10m, 2h, 09:30, 2026-01-31T09:30")
 
     stop = add("stop", "stop guests in order: power button, quit, kill")
     stop.add_argument("guests", nargs="+", metavar="GUEST")
@@ -210,6 +235,10 @@ def parser() -> argparse.ArgumentParser:
     how = metrics.add_mutually_exclusive_group(required=True)
     how.add_argument("--listen", type=listen_address, metavar="[ADDRESS:]PORT", help="serve it (ADDRESS: 127.0.0.1)")
     how.add_argument("--once", action="store_true", help="print it, for the textfile collector")
+    told = add("events", "what happens to pods and guests", as_json=True)
+    told.add_argument("-f", "--follow", action="store_true", help="go on, as it happens")
+    told.add_argument("--pod", default=None)
+    told.add_argument("--since", type=moment, metavar="WHEN", help="such as 10m, 2h, 09:30, 2026-01-31T09:30")
     gc = add("gc", "clean up after crashes", as_json=True)
     gc.add_argument("--kill", action="store_true", help="end guests that run without a supervisor")
     add("doctor", "check what this machine offers, with remedies", as_json=True)

@@ -24,6 +24,7 @@ from .timeline import mark
 if TYPE_CHECKING:
     import router
 
+    from .health import HealthCheck
     from .publish import Publish
 
 DEFAULT_MEMORY_MIB = 128
@@ -113,6 +114,11 @@ def cmd_run(args: argparse.Namespace) -> int:
     env = parse_env(args.env)
     if args.cpus is not None and not 1 <= args.cpus <= 255:
         raise UsageError(f"--cpus {args.cpus} is not between 1 and 255")
+    from .restart import RestartPolicy
+
+    args.restart = RestartPolicy.parse(args.restart)
+    args.health = parse_health(args) if args.health else None
+    args.after = [check_name("guest", other) for other in args.after]
     image = identify(path, Family(args.family) if args.family else None)
     name = check_name("guest", args.name) if args.name else default_name(path, args.pod)
     require_root()
@@ -145,6 +151,14 @@ def parse_publish(args: argparse.Namespace) -> tuple[Publish, ...]:
     return tuple(Publish.parse(text) for text in args.publish)
 
 
+def parse_health(args: argparse.Namespace) -> HealthCheck:
+    from .health import HealthCheck
+
+    return HealthCheck.parse(
+        args.health, interval_s=args.health_interval, retries=args.health_retries, start_s=args.health_start
+    )
+
+
 def require_root() -> None:
     if os.geteuid() != 0:
         raise UklaunchError("namespaces, TAPs and BPF programs need root", "run it with sudo")
@@ -159,6 +173,12 @@ def status_of(record: state.GuestRecord) -> str:
     if state.supervised(record):
         return record.status
     return "unsupervised" if state.vmm_runs(record) else "lost"
+
+
+def status_text(record: state.GuestRecord, status: str) -> str:
+    if status in ("exited", "restarting"):
+        return f"{status} ({record.exit_code}, {record.reason})"
+    return f"{status} ({record.health})" if record.health else status
 
 
 def age(seconds: float) -> str:
@@ -180,12 +200,13 @@ def cmd_ps(args: argparse.Namespace) -> int:
         return ExitCode.OK
     now = time.time()
     print_table(
-        ("POD", "GUEST", "STATUS", "AGE", "FAMILY", "ACCEL", "MEMORY", "IPV4", "IPV6", "PORTS"),
+        ("POD", "GUEST", "STATUS", "RESTARTS", "AGE", "FAMILY", "ACCEL", "MEMORY", "IPV4", "IPV6", "PORTS"),
         (
             (
                 record.pod,
                 record.name,
-                f"exited ({record.exit_code}, {record.reason})" if status == "exited" else status,
+                status_text(record, status),
+                record.restarts,
                 age(now - record.started_at),
                 record.family,
                 record.accel,
@@ -202,16 +223,39 @@ def cmd_ps(args: argparse.Namespace) -> int:
 
 def cmd_logs(args: argparse.Namespace) -> int:
     record = state.find_guest(args.guest)
-    command = ["tail", "-n", str(args.lines) if args.lines is not None else "+1"]
+    start = f"--lines={args.lines}" if args.lines is not None else "--lines=+1"
+    files = []
+    if args.since is not None:
+        from . import console
+
+        older, offset = console.since(record.console_log, args.since)
+        start = f"--bytes=+{offset + 1}"
+        sys.stdout.buffer.write(older)
+        sys.stdout.buffer.flush()
+    elif args.lines is None and not args.follow:
+        files = [path for path in [record.console_log.with_suffix(".log.1")] if path.exists()]
     if args.follow and state.supervised(record):
         # tail waits by inotify, follows over a rotation, and ends with the guest.
-        command += ["--follow=name", f"--pid={record.supervisor_pid}", "-q", str(record.console_log)]
+        command = ["tail", start, "--follow=name", f"--pid={record.supervisor_pid}", "-q", str(record.console_log)]
     else:
-        older = record.console_log.with_suffix(".log.1")
-        files = [older] if older.exists() and args.lines is None else []
-        command += ["-q", *map(str, files), str(record.console_log)]
+        command = ["tail", start, "-q", *map(str, files), str(record.console_log)]
     sys.stdout.flush()
     os.execvp(command[0], command)
+
+
+def cmd_events(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from . import events
+
+    for event in events.follow() if args.follow else events.read():
+        if args.pod not in (None, event.pod) or event.time < (args.since or 0):
+            continue
+        if args.json:
+            print_json_line(asdict(event))
+        else:
+            print(events.line(event), flush=args.follow)
+    return ExitCode.OK
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
@@ -549,6 +593,7 @@ COMMANDS: dict[tuple[str, str | None], Callable[[argparse.Namespace], int]] = {
     ("run", None): cmd_run,
     ("ps", None): cmd_ps,
     ("logs", None): cmd_logs,
+    ("events", None): cmd_events,
     ("stop", None): cmd_stop,
     ("rm", None): cmd_rm,
     ("inspect", None): cmd_inspect,

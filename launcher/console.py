@@ -1,19 +1,25 @@
 """A guest's console: kept in a file of bounded size, and its last bytes at hand.
 
 A guest may write as much as it likes: the file is under /run, which is memory, so at `LIMIT_BYTES` it becomes
-`console.log.1` and a new one begins.
+`console.log.1` and a new one begins. Beside it, `console.times` says when which byte came, for `logs --since`: pairs of
+(offset, seconds since the epoch), at most one a second. It is bounded as the console is: when it is full, both go.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 LIMIT_BYTES = 4 << 20
 TAIL_BYTES = 16 << 10
+_TIME = struct.Struct("=Qd")
+STEP_S = 1.0
 
 
 @dataclass
@@ -22,23 +28,39 @@ class Console:
     tail: bytes = b""
     _fd: int = -1
     _size: int = 0
+    _times_fd: int = -1
+    _times_size: int = 0
+    _timed_at: float = -math.inf  # when the last time was put down
 
     def write(self, data: bytes) -> None:
         """Append what the guest said. A full disk loses text, not the guest."""
         self.tail = (self.tail + data)[-TAIL_BYTES:]
-        if self._size + len(data) > LIMIT_BYTES:
+        if max(self._size + len(data), self._times_size) > LIMIT_BYTES:
             self._rotate()
         with contextlib.suppress(OSError):
+            now = time.time()
+            if abs(now - self._timed_at) >= STEP_S:  # abs: the clock may be set back
+                self._times_size += os.write(self._times_fd, _TIME.pack(self._size, now))
+                self._timed_at = now
             self._size += os.write(self._fd, data)
 
     def _rotate(self) -> None:
-        os.close(self._fd)
-        self.path.replace(self.path.with_suffix(".log.1"))
+        self._close()
+        for path in (self.path, _times(self.path)):
+            path.replace(_older(path))
         self._open()
 
     def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._fd).st_size
+        self._fd, self._times_fd = (
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            for path in (self.path, _times(self.path))
+        )
+        self._size, self._times_size = (os.fstat(fd).st_size for fd in (self._fd, self._times_fd))
+        self._timed_at = -math.inf
+
+    def _close(self) -> None:
+        os.close(self._fd)
+        os.close(self._times_fd)
 
     @classmethod
     @contextlib.contextmanager
@@ -48,4 +70,35 @@ class Console:
         try:
             yield console
         finally:
-            os.close(console._fd)
+            console._close()
+
+
+def _times(log: Path) -> Path:
+    return log.with_suffix(".times")
+
+
+def _older(path: Path) -> Path:
+    return path.with_suffix(path.suffix + ".1")
+
+
+def since(log: Path, moment: float) -> tuple[bytes, int]:
+    """What a console said from that moment on (seconds since the epoch), and at most what it said in the second before:
+    (what of it is in the file that was set aside, the offset at which it goes on in the present one)."""
+    older = _older(log)
+    offset = _offset(older, _older(_times(log)), moment)
+    with contextlib.suppress(FileNotFoundError), older.open("rb") as file:
+        file.seek(offset)
+        return file.read(), _offset(log, _times(log), moment)
+    return b"", _offset(log, _times(log), moment)
+
+
+def _offset(file: Path, times: Path, moment: float) -> int:
+    try:
+        known = times.read_bytes()
+        end = file.stat().st_size
+    except FileNotFoundError:
+        return 0
+    for offset, when in _TIME.iter_unpack(known[: len(known) // _TIME.size * _TIME.size]):
+        if when + STEP_S > moment:  # what came within a second after it has no time of its own
+            return int(offset)
+    return end

@@ -39,6 +39,10 @@ def _options(args: argparse.Namespace, note: Callable[[str], None]) -> RunOption
         publish=args.publish,
         ready_port=args.ready_port,
         stop_timeout_s=args.stop_timeout,
+        restart=args.restart,
+        health=args.health,
+        after=tuple(args.after),
+        after_timeout_s=args.ready_timeout,
         remove_when_done=args.rm,
         note=note,
     )

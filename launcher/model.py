@@ -258,6 +258,8 @@ class ExitReason(StrEnum):
 
     POWERED_OFF = "powered off"
     PANICKED = "panicked"
+    RESET = "reset"
     STOPPED = "stopped"  # by us, when asked
     KILLED = "killed"  # by us, when it would not stop
+    UNHEALTHY = "unhealthy"  # and ended by us, to be started again
     VMM_FAILED = "VMM failed"

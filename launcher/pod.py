@@ -17,13 +17,14 @@ from pathlib import Path
 
 import router
 
-from . import net, reset, resolver, state, uplink
+from . import events, net, reset, resolver, state, uplink
 from .errors import UklaunchError, UsageError
-from .model import DEFAULT_MTU, GUEST_INDEX_MAX, GUEST_INDEX_MIN, AddressPlan, Nic, Port, check_name
+from .model import DEFAULT_MTU, GUEST_INDEX_MAX, GUEST_INDEX_MIN, TAP_MTU_MAX, AddressPlan, Nic, Port, check_name
 from .publish import Publish
 from .timeline import mark
 
 NAMESPACE_PREFIX = "uk-"
+TAP_HEADERS = 64  # Ethernet's and the virtio header, which come before a packet that is read from a TAP
 POD_ID_MAX = (1 << 16) - 1  # the class id's low half, which is all that a program sees of it
 
 
@@ -120,6 +121,7 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     mark("uplink-row")
     record = replace(record, bridge=bridge)
     state.write_pod(record)
+    events.note("created", record.name)
     mark("pod-made")
     return record
 
@@ -169,6 +171,8 @@ def _remove_inside(record: state.PodRecord) -> None:
             table.remove_pod(record.id)
     mark("pod-row-gone")
     state.forget_pod(record.name)
+    if record.bridge:
+        events.note("removed", record.name)
     mark("pod-forgotten")
 
 
@@ -290,6 +294,7 @@ class Membership:
     mtu: int
     _lock: contextlib.ExitStack
     ifindex: int = 0  # of the TAP, from `connect` on
+    ports: tuple[Port, ...] = ()  # that the guest has declared
     resolver: resolver.Resolver = field(default_factory=resolver.Resolver)  # whom the guest is to ask for names
 
     @property
@@ -321,26 +326,48 @@ class Membership:
                     f"pod {self.record.name!r} is served by the router of another version of uklaunch",
                     f"make it anew: uklaunch pod rm --force {self.record.name}",
                 )
-            nic = self.nic
-            self.ifindex = net.link_indexes(self.netns)[self.tap]
-            table.add_guest(
-                self.record.id,
-                router.GuestRow(
-                    index=self.index,
-                    ifindex=self.ifindex,
-                    mac=nic.mac,
-                    ipv4=nic.ipv4.ip,
-                    ipv6=nic.ipv6.ip,
-                    ports=tuple((port.protocol.value, port.number) for port in ports),
-                    mtu=nic.mtu,
-                ),
-            )
+            self.ifindex, self.ports = net.link_indexes(self.netns)[self.tap], ports
+            self._admit(table)
             mark("guest-row")
             self.attach(table.program_fd)
             mark("attached")
         uplink.lead_to_resolver(self.record, self.resolver)
         uplink.publish(self.record, publish, self.guest)
         self._lock.close()
+
+    def _admit(self, table: router.Router) -> None:
+        nic = self.nic
+        table.add_guest(
+            self.record.id,
+            router.GuestRow(
+                index=self.index,
+                ifindex=self.ifindex,
+                mac=nic.mac,
+                ipv4=nic.ipv4.ip,
+                ipv6=nic.ipv6.ip,
+                ports=tuple((port.protocol.value, port.number) for port in self.ports),
+                mtu=nic.mtu,
+            ),
+        )
+
+    def withdraw(self) -> None:
+        """The guest has ended, to be started again: its ports refuse and its connections are reset at once. Its place,
+        its TAP and its addresses stay."""
+        with state.pod_lock(self.record.name), open_router() as table:
+            reset.reset(self.netns, table.remove_guest(self.record.id, self.ifindex))
+
+    def rejoin(self) -> None:
+        """After `withdraw`, for the guest's next run. Raises UklaunchError if another guest has declared its ports."""
+        os.set_blocking(self.tap_fd, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.tap_fd, TAP_MTU_MAX + TAP_HEADERS):  # what was sent to the run before
+                pass
+        with state.pod_lock(self.record.name), open_router() as table:
+            try:
+                self._admit(table)
+            except router.RouterError as exc:
+                raise UklaunchError(exc.message, exc.hint, exc.detail) from exc
+            self.attach(table.program_fd)
 
     def attach(self, program_fd: int) -> None:
         """Idempotent; under the pod's lock."""

@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 import resource
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,13 +23,15 @@ from typing import Any, TypeVar
 
 import trio
 
-from . import net, pod, state
+from . import events, pod, probes, state
 from .console import Console
-from .errors import ExitCode, UklaunchError, UsageError
+from .errors import ExitCode, UklaunchError, UsageError, first_error
 from .guests import FAMILIES
 from .healing import heal
+from .health import HealthCheck
 from .model import Accel, AddressPlan, Boot, ExitReason, GuestSpec, check_name, format_mac
 from .publish import Publish
+from .restart import RestartMode, RestartPolicy, Restarts
 from .timeline import mark
 from .vmm import VMMS
 from .vmm.accel import KvmStatus, choose
@@ -40,11 +41,10 @@ T = TypeVar("T")
 
 QUIT_TIMEOUT_S = 3.0
 CONSOLE_TIMEOUT_S = 5.0  # for a reader of our output who does not read
-READY_POLL_S = 0.05
-DISCARD_PORT = 9
 FILES = 128  # descriptors: a launch takes about fifty, and two for each disk
 CRASHED = 134  # as a program that called abort(3)
 KILLED = 137  # as a program that got SIGKILL
+AFTER_TIMEOUT_S = 60.0  # for the guests that are to be ready before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,10 @@ class RunOptions:
     publish: tuple[Publish, ...] = ()  # ports of the host's that lead to this guest
     ready_port: int | None = None  # ready is when the guest accepts TCP here, not when its NIC answers
     stop_timeout_s: float = 10.0  # how long a guest may take to power down
+    restart: RestartPolicy = RestartPolicy()
+    health: HealthCheck | None = None
+    after: tuple[str, ...] = ()  # guests of the pod that are to be ready (healthy, if they are checked) before
+    after_timeout_s: float = AFTER_TIMEOUT_S
     remove_when_done: bool = False
     note: Callable[[str], None] = lambda text: None  # is told what a person may want to know
     # is handed the console's output as it comes
@@ -67,19 +71,40 @@ class RunOptions:
 
 @dataclass
 class Guest:
-    """A running guest, from `run_guest`."""
+    """A running guest, from `run_guest`. Under a restart policy it may have many runs, each with a VMM of its own."""
 
     record: state.GuestRecord
     boot: Boot
-    vmm: Vmm
-    netns: Path
     options: RunOptions
     console: Console
-    ready: trio.Event = field(default_factory=trio.Event)
-    ended: trio.Event = field(default_factory=trio.Event)
+    member: pod.Membership
+    start_vmm: Callable[[], contextlib.AbstractAsyncContextManager[Vmm]]
+    ready: trio.Event = field(default_factory=trio.Event)  # for the first time
+    ended: trio.Event = field(default_factory=trio.Event)  # for good
+    _restarts: Restarts = field(init=False)
     _stop_asked: bool = False
+    _life: trio.CancelScope = field(default_factory=trio.CancelScope)
     _patience: trio.CancelScope | None = None
+    # of the present run
+    _vmm: Vmm | None = None
+    _up: trio.Event = field(default_factory=trio.Event)  # this run is ready
+    _over: trio.Event = field(default_factory=trio.Event)  # this run's VMM has ended
     _killed: bool = False
+    _unhealthy: bool = False
+
+    def __post_init__(self) -> None:
+        self._restarts = Restarts(self.options.restart)
+
+    @property
+    def vmm(self) -> Vmm:
+        """The present run's. Raises UklaunchError between two runs."""
+        if self._vmm is None:
+            raise UklaunchError(f"guest {self.record.pod}/{self.record.name} is not running now")
+        return self._vmm
+
+    @property
+    def netns(self) -> Path:
+        return self.member.netns
 
     @property
     def ipv4(self) -> IPv4Address:
@@ -115,8 +140,14 @@ class Guest:
         )
 
     async def send(self, data: bytes) -> None:
-        """Type on the guest's console. Raises trio.BrokenResourceError when the guest is gone."""
-        await self.vmm.console.send_all(data)
+        """Type on the guest's console. Raises trio.BrokenResourceError when the guest is gone; what is typed while a
+        guest is being restarted is lost."""
+        try:
+            if self._vmm is not None:
+                await self._vmm.console.send_all(data)
+        except trio.BrokenResourceError:
+            if self.ended.is_set() or self.options.restart.mode is RestartMode.NO:
+                raise
 
     async def wait(self) -> state.GuestRecord:
         """Wait until the guest has ended; its record says how."""
@@ -124,16 +155,23 @@ class Guest:
         return self.record
 
     async def stop(self) -> None:
-        """Power button, then QEMU's `quit`, then SIGKILL, each after the one before had its time.
+        """Power button, then QEMU's `quit`, then SIGKILL, each after the one before had its time. No restart follows.
 
         A second call while the first is waiting cuts that wait short. Cancelling it leaves the guest running.
         """
+        self._stop_asked = True
         if self._patience is not None:
             self._patience.cancel()
             return
-        self._stop_asked = True
-        mark("stop")
-        self.update(status="stopping")
+        if self._vmm is None:  # between two runs
+            self._life.cancel()
+        else:
+            mark("stop")
+            self.update(status="stopping")
+            await self._end_run()
+        await self.ended.wait()
+
+    async def _end_run(self) -> None:
         steps: list[tuple[Callable[[], Awaitable[None]], float]] = [(self.vmm.quit, QUIT_TIMEOUT_S)]
         if self.boot.powers_down:
             steps.insert(0, (self._press_power_button, self.options.stop_timeout_s))
@@ -142,20 +180,21 @@ class Guest:
                 with trio.move_on_after(timeout_s) as self._patience:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(step)
-                        await self.ended.wait()
+                        await self._over.wait()
                         nursery.cancel_scope.cancel()
                     return
         finally:
             self._patience = None
         self._killed = True
         self.vmm.kill()
-        await self.ended.wait()
+        await self._over.wait()
 
     async def _press_power_button(self) -> None:
-        await self.vmm.power_down()
-        if not self.ready.is_set():  # it may have been too early for the guest to hear
-            await self.ready.wait()
-            await self.vmm.power_down()
+        vmm = self.vmm
+        await vmm.power_down()
+        if not self._up.is_set():  # it may have been too early for the guest to hear
+            await self._up.wait()
+            await vmm.power_down()
 
     def update(self, **changes: Any) -> None:
         """Put down what has changed. A full disk loses what others get to know, not the guest."""
@@ -171,32 +210,98 @@ class Guest:
         with contextlib.suppress(OSError), self.record.supervisor_log.open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
 
-    # --- tasks ---
+    def tell(self, what: str, **detail: object) -> None:
+        events.note(what, self.record.pod, self.record.name, **detail)
 
-    @contextlib.asynccontextmanager
-    async def _tended(self, member: pod.Membership) -> AsyncIterator[None]:
-        """Watch the guest for the length of a block; stop it at the block's end, unless it has ended by itself."""
+    # --- its life ---
+
+    async def live(
+        self, connect: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """One run after the other, for as long as the restart policy wants another one. `connect`: to the pod.
+
+        From the first run's start on (`task_status`) it is ended by `stop` alone, never by cancellation.
+        Raises what keeps the first run from starting; later ones are tried again.
+        """
+        prepare, started = connect, False
+
+        def begun() -> None:
+            nonlocal started
+            if not started:
+                started = True
+                task_status.started()
+                self._life.shield = True
+
+        try:
+            with self._life:
+                while True:
+                    try:
+                        exit_code, ready_s = await self._run(prepare, begun)
+                    except (UklaunchError, BaseExceptionGroup) as exc:
+                        error = exc if isinstance(exc, UklaunchError) else first_error(exc)
+                        if not started or error is None:
+                            raise
+                        self.say(error.message)
+                        exit_code, ready_s = int(ExitCode.OURS), 0.0
+                        self.update(reason=ExitReason.VMM_FAILED.value, exit_code=exit_code)
+                    delay_s = None if self._stop_asked else self._restarts.delay_s(exit_code, ready_s)
+                    if delay_s is None:
+                        break
+                    self.update(status="restarting", restarts=self.record.restarts + 1, health=None)
+                    self.tell("restarting", exit_code=exit_code, reason=self.record.reason, delay_s=delay_s)
+                    await trio.to_thread.run_sync(self.member.withdraw)
+                    await trio.sleep(delay_s)
+                    prepare = self._rejoin
+        finally:
+            if started:
+                self.update(status="exited", exited_at=time.time(), health=None)
+                self.tell("stopped", exit_code=self.record.exit_code, reason=self.record.reason)
+            self.ended.set()
+
+    async def _rejoin(self) -> None:
+        await trio.to_thread.run_sync(self.member.rejoin)
+
+    async def _run(self, prepare: Callable[[], Awaitable[None]], begun: Callable[[], None]) -> tuple[int, float]:
+        """One run, from the VMM's start to its end: (exit code, seconds that it was ready)."""
+        self._up, self._over, self._killed, self._unhealthy = trio.Event(), trio.Event(), False, False
+        self.console.tail = b""  # the last run's exit code is not this one's
+        prepared = trio.Event()
+
+        async def prepare_meanwhile() -> None:
+            await prepare()
+            prepared.set()
+
+        self.tell("starting")
         async with trio.open_nursery() as nursery:
-            copied = trio.Event()
-            nursery.start_soon(self._copy_console, copied)
-            nursery.start_soon(self._watch, copied)
-            nursery.start_soon(self._await_ready)
-            nursery.start_soon(heal, member, self.say)
-            try:
-                yield
-            finally:
-                with trio.CancelScope(shield=True):
-                    if not self.ended.is_set():
-                        await self.stop()
-                    await self.ended.wait()
-                nursery.cancel_scope.cancel()
+            nursery.start_soon(prepare_meanwhile)
+            async with self.start_vmm() as vmm:
+                await prepared.wait()
+                self.update(status="running", vmm_pid=vmm.pid, machine=vmm.machine.value)
+                await vmm.resume()
+                mark("resumed")
+                self._vmm = vmm
+                begun()
+                try:
+                    async with trio.open_nursery() as tasks:
+                        copied = trio.Event()
+                        tasks.start_soon(self._copy_console, vmm, copied)
+                        tasks.start_soon(self._await_ready)
+                        if self.options.health is not None:
+                            tasks.start_soon(self._watch_health, self.options.health, tasks)
+                        exit_code = await self._await_end(vmm, copied)
+                        tasks.cancel_scope.cancel()
+                finally:
+                    self._vmm = None
+                    self._over.set()
+        ready_s = time.time() - self.record.ready_at if self._up.is_set() and self.record.ready_at else 0.0
+        return exit_code, ready_s
 
     # These two end when the VMM ends, which is sure to: cancelling them would only lose what they have to tell.
 
-    async def _copy_console(self, copied: trio.Event) -> None:
+    async def _copy_console(self, vmm: Vmm, copied: trio.Event) -> None:
         sink = self.options.on_console
         with trio.CancelScope(shield=True), contextlib.suppress(trio.BrokenResourceError):
-            async for data in self.vmm.console:
+            async for data in vmm.console:
                 self.console.write(bytes(data))
                 if sink is not None:
                     try:
@@ -205,43 +310,53 @@ class Guest:
                         sink = None
         copied.set()
 
-    async def _watch(self, copied: trio.Event) -> None:
+    async def _await_end(self, vmm: Vmm, copied: trio.Event) -> int:
         with trio.CancelScope(shield=True):
-            try:
-                code = await self.vmm.wait()
-                mark("vmm-gone")
-                qmp_reason = await self.vmm.shutdown_reason()
-                with trio.move_on_after(CONSOLE_TIMEOUT_S):
-                    await copied.wait()
-                reason, exit_code = self._outcome(code, qmp_reason)
-                if reason is ExitReason.VMM_FAILED:
-                    self.say(self.vmm.failure("QEMU ended").message)
-                self.update(
-                    status="exited",
-                    reason=reason.value,
-                    exit_code=exit_code,
-                    exited_at=time.time(),
-                    vmm_pid=0,
-                )
-            finally:
-                self.ended.set()
+            code = await vmm.wait()
+            mark("vmm-gone")
+            qmp_reason = await vmm.shutdown_reason()
+            with trio.move_on_after(CONSOLE_TIMEOUT_S):
+                await copied.wait()
+            reason, exit_code = self._outcome(code, qmp_reason)
+            if reason is ExitReason.VMM_FAILED:
+                self.say(vmm.failure("QEMU ended").message)
+            self.update(reason=reason.value, exit_code=exit_code, vmm_pid=0)
+        return exit_code
 
     async def _await_ready(self) -> None:
         if self.options.ready_port is not None:
-            await _accepts(self.netns, str(self.ipv4), self.options.ready_port)
+            await probes.accepts(self.netns, str(self.ipv4), self.options.ready_port)
         else:
-            await _answers(self.netns, {self.ipv4, self.ipv6} if self.boot.ipv6 else {self.ipv4})
+            await probes.answers(self.netns, {self.ipv4, self.ipv6} if self.boot.ipv6 else {self.ipv4})
         if not self._stop_asked:
             self.update(status="ready", ready_at=time.time())
+            self.tell("ready")
         mark("ready")
+        self._up.set()
         self.ready.set()
         if self.boot.ipv6 is None:
             # The router serves ::1 by this guest from its first answer on; one that has no IPv6 never gives it.
-            await _answers(self.netns, {self.ipv6})
+            await probes.answers(self.netns, {self.ipv6})
+
+    async def _watch_health(self, what: HealthCheck, tasks: trio.Nursery) -> None:
+        def tell(healthy: bool) -> None:
+            if self._stop_asked:
+                return
+            self.update(health="healthy" if healthy else "unhealthy")
+            self.tell("healthy" if healthy else "unhealthy")
+            if not healthy and self.options.restart.mode is not RestartMode.NO:
+                self._unhealthy = True
+                self.say("unhealthy: ended, to be started again")
+                tasks.start_soon(self._end_run)
+
+        self.update(health="starting")
+        await probes.watch_health(partial(probes.check, self.netns, what), what, tell)
 
     def _outcome(self, vmm_code: int, qmp_reason: str) -> tuple[ExitReason, int]:
         """Why the guest ended, and the exit code that says so."""
         own = FAMILIES[self.record.family].exit_status(self.console.tail)
+        if self._unhealthy:
+            return ExitReason.UNHEALTHY, KILLED
         if self._killed:
             return ExitReason.KILLED, KILLED
         if self._stop_asked:
@@ -250,8 +365,10 @@ class Guest:
             return ExitReason.VMM_FAILED, ExitCode.OURS
         if own is not None:
             return ExitReason.POWERED_OFF, own
-        if qmp_reason in ("guest-panic", "guest-reset"):
+        if qmp_reason == "guest-panic":
             return ExitReason.PANICKED, CRASHED
+        if qmp_reason == "guest-reset":  # a panic too, where the guest cannot tell the VMM of it
+            return ExitReason.RESET, CRASHED
         return ExitReason.POWERED_OFF, 0
 
 
@@ -260,45 +377,6 @@ def last_line(console: bytes) -> str:
     lines = [line.strip() for line in console.decode(errors="replace").splitlines() if line.strip()]
     printable = "".join(c for c in lines[-1] if c.isprintable())[:120] if lines else ""
     return f' (it said last: "{printable}")' if printable else ""
-
-
-# --- readiness ---
-
-
-async def _answers(netns: Path, wanted: set[IPv4Address | IPv6Address]) -> None:
-    """Until each address has answered ARP or neighbour discovery; the kernel asks, and tells when it knows."""
-    missing = set(wanted)
-    with contextlib.ExitStack() as stack:
-        events = trio.socket.from_stdlib_socket(stack.enter_context(net.open_neighbour_events(netns)))
-        probes = {
-            4: stack.enter_context(net.open_socket(netns, socket.AF_INET, socket.SOCK_DGRAM)),
-            6: stack.enter_context(net.open_socket(netns, socket.AF_INET6, socket.SOCK_DGRAM)),
-        }
-
-        def ask(address: IPv4Address | IPv6Address) -> None:
-            with contextlib.suppress(OSError):  # no route (the bridge is down), or an answer to an earlier one
-                probes[address.version].sendto(b"", (str(address), DISCARD_PORT))
-
-        for address in missing:
-            ask(address)
-        while missing:
-            for address, answered in net.parse_neighbour_events(await events.recv(1 << 16)):
-                if answered:
-                    missing.discard(address)
-                elif address in missing:
-                    ask(address)
-
-
-async def _accepts(netns: Path, address: str, port: int) -> None:
-    """Until a TCP connection is accepted. A refusal is no event, so this asks again and again."""
-    while True:
-        with net.open_socket(netns, socket.AF_INET, socket.SOCK_STREAM) as sock:
-            try:
-                await trio.socket.from_stdlib_socket(sock).connect((address, port))
-            except OSError:
-                await trio.sleep(READY_POLL_S)
-            else:
-                return
 
 
 # --- the run ---
@@ -365,11 +443,13 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
             supervisor_pid=os.getpid(),
             started_at=time.time(),
             remove_when_done=options.remove_when_done,
+            restart=str(options.restart),
         )
         with _guest_directory(record) as (vmm_lock, console):
             remove = True
             try:
                 state.write_guest(record)
+                events.note("created", spec.pod, spec.name)
                 mark("record")
                 yield _Place(member, record, vmm_lock, console)
                 remove = options.remove_when_done
@@ -437,32 +517,53 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     ports = tuple(dict.fromkeys((*spec.ports, *(item.guest for item in options.publish))))
     spec = replace(spec, ports=ports)
     async with contextlib.AsyncExitStack() as stack:
+        if options.after:
+            await _others_ready(spec.pod, options)
         place = await stack.enter_async_context(_threaded(_taking_place(spec, options, accel)))
         member = place.member
         if not spec.nameservers:
             found = member.resolver
             spec = replace(spec, nameservers=found.nameservers, search=found.search, resolver_options=found.options)
         boot = FAMILIES[spec.image.family].configure(spec, member.nic)
-        connected = trio.Event()
+        start_vmm = partial(
+            start, boot, tap_fd=member.tap_fd, accel=accel, kvm_group=kvm.group, lock_fd=place.vmm_lock
+        )  # fmt: skip
 
         async def connect() -> None:
             await trio.to_thread.run_sync(member.connect, spec.ports, options.publish)
             mark("joined")
-            connected.set()
 
+        guest = Guest(place.record, boot, options, place.console, member, start_vmm)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(connect)
-            async with start(
-                boot,
-                tap_fd=member.tap_fd,
-                accel=accel,
-                kvm_group=kvm.group,
-                lock_fd=place.vmm_lock,
-            ) as vmm:
-                await connected.wait()
-                guest = Guest(place.record, boot, vmm, member.netns, options, place.console)
-                guest.update(status="running", vmm_pid=vmm.pid, machine=vmm.machine.value)
-                await vmm.resume()
-                mark("resumed")
-                async with guest._tended(member):
-                    yield guest
+            try:
+                await nursery.start(guest.live, connect)
+                nursery.start_soon(heal, member, guest.say)
+                yield guest
+            finally:
+                with trio.CancelScope(shield=True):
+                    if not guest.ended.is_set():
+                        await guest.stop()
+                    await guest.ended.wait()
+                nursery.cancel_scope.cancel()
+
+
+async def _others_ready(name: str, options: RunOptions) -> None:
+    """Until the guests that are to come first are ready. Raises UklaunchError when they take too long."""
+    with events.watching() as fd, trio.move_on_after(options.after_timeout_s):
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                os.read(fd, 1 << 16)  # before we look, so that nothing is missed
+            waiting = [other for other in options.after if not _serves(state.read_guest(name, other))]
+            if not waiting:
+                return
+            await trio.lowlevel.wait_readable(fd)
+    raise UklaunchError(
+        f"guest {name}/{waiting[0]}, which is to come first, was not ready within {options.after_timeout_s:g} s",
+        "see: uklaunch ps -a",
+    )
+
+
+def _serves(record: state.GuestRecord | None) -> bool:
+    if record is None or record.status != "ready" or not state.supervised(record):
+        return False
+    return record.health in (None, "healthy")

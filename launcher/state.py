@@ -1,6 +1,7 @@
 """What uklaunch remembers between its processes: /run/uklaunch, one JSON file per pod and per guest, and locks.
 
     lock                        held for a moment, while a pod id is taken; holds the last one
+    events.log                  see events.py
     pods/POD.lock               held while the pod's structure changes
     pods/POD.json               PodRecord
     guests/POD/GUEST/           private to root
@@ -85,11 +86,14 @@ class GuestRecord:
     published: tuple[str, ...] = ()
     supervisor_pid: int
     vmm_pid: int = 0
-    status: str = "starting"  # starting, running, ready, stopping, exited
+    status: str = "starting"  # starting, running, ready, restarting, stopping, exited
+    health: str | None = None  # starting, healthy, unhealthy; None: not checked, or not running
+    restart: str = "no"  # the policy
+    restarts: int = 0
     started_at: float
     ready_at: float | None = None
     exited_at: float | None = None
-    exit_code: int | None = None
+    exit_code: int | None = None  # of the last run that has ended, as is the reason
     reason: str | None = None
     remove_when_done: bool = False
 

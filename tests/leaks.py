@@ -39,7 +39,7 @@ def _qdiscs() -> Iterator[str]:
 
 def _files() -> Iterator[str]:
     for path in Path("/run/uklaunch").rglob("*"):
-        if path.is_file() and path.suffix != ".lock" and path.name != "lock":
+        if path.is_file() and path.suffix != ".lock" and path.name not in ("lock", "events.log", "events.log.1"):
             yield f"file {path}"
 
 

@@ -1,0 +1,136 @@
+"""What happened to pods and guests, one JSON object a line: written by whoever does it, read by `uklaunch events`.
+
+    events.log          appended to under its own lock (see state.lock), which every line is written whole under
+    events.log.1        the one before, when that had grown to LIMIT_BYTES
+
+An event is news, never the truth: that is in the records and the kernel. So one that cannot be written is let go.
+
+Sources: inotify(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import state
+from .errors import UklaunchError
+
+LIMIT_BYTES = 1 << 20
+_IN_MODIFY, _IN_MOVED_TO, _IN_CREATE = 0x2, 0x80, 0x100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """`what`: created, starting, ready, healthy, unhealthy, restarting, stopped, removed. `guest` None: the pod's."""
+
+    time: float  # seconds since the epoch
+    what: str
+    pod: str
+    guest: str | None = None
+    detail: dict[str, Any] = field(default_factory=dict)  # of `stopped`: exit_code, reason; of `restarting`: delay_s
+
+
+def line(event: Event) -> str:
+    """For a person."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
+    who = event.pod if event.guest is None else f"{event.pod}/{event.guest}"
+    detail = " ".join(f"{key}={json.dumps(value)}" for key, value in event.detail.items())
+    return f"{when}  {'pod' if event.guest is None else 'guest':5}  {who:24}  {event.what:10}  {detail}".rstrip()
+
+
+def path() -> Path:
+    return state.root() / "events.log"
+
+
+def note(what: str, pod: str, guest: str | None = None, **detail: Any) -> None:
+    """Put it down that this has happened, now."""
+    event = {"time": round(time.time(), 3), "what": what, "pod": pod, "guest": guest, "detail": detail}
+    line = json.dumps(event).encode() + b"\n"
+    with contextlib.suppress(OSError, UklaunchError), state.lock(path()) as fd:
+        size = os.fstat(fd).st_size
+        written = 0
+        try:
+            written = os.pwrite(fd, line, size)
+        finally:
+            if written < len(line):  # the disk is full
+                os.ftruncate(fd, size)
+        if size + written > LIMIT_BYTES:
+            path().replace(_older())
+
+
+def _older() -> Path:
+    return path().with_suffix(".log.1")
+
+
+def _parse(lines: bytes) -> Iterator[Event]:
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # of another version
+            yield Event(**json.loads(line))
+
+
+def read() -> Iterator[Event]:
+    """All that is known, the oldest first."""
+    for file in (_older(), path()):
+        with contextlib.suppress(FileNotFoundError):
+            yield from _parse(file.read_bytes())
+
+
+def follow() -> Iterator[Event]:
+    """All that is known, and then what happens, as it does; never ends. Blocks."""
+    with watching() as fd:
+        os.set_blocking(fd, True)
+        current: int | None = None
+        yield from _parse(_older().read_bytes() if _older().exists() else b"")
+        rest = b""
+        try:
+            while True:
+                if current is None:
+                    with contextlib.suppress(FileNotFoundError):
+                        current, rest = os.open(path(), os.O_RDONLY | os.O_CLOEXEC), b""
+                if current is not None:
+                    # Asked before it is read: what is written after the file was set aside is written to the next.
+                    aside = _set_aside(current)
+                    while data := os.read(current, 1 << 16):
+                        *lines, rest = (rest + data).split(b"\n")
+                        yield from _parse(b"\n".join(lines))
+                    if aside:
+                        os.close(current)
+                        current = None
+                        continue
+                os.read(fd, 1 << 16)
+        finally:
+            if current is not None:
+                os.close(current)
+
+
+def _set_aside(fd: int) -> bool:
+    try:
+        return not os.path.samestat(os.fstat(fd), path().stat())
+    except FileNotFoundError:
+        return True
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[int]:
+    """A descriptor, non-blocking, that is readable when something may have happened since it was last read."""
+    import ctypes
+
+    state.root().mkdir(mode=0o755, parents=True, exist_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        raise UklaunchError(f"cannot watch {state.root()}: {os.strerror(ctypes.get_errno())}", "see inotify(7)")
+    try:
+        mask = _IN_MODIFY | _IN_MOVED_TO | _IN_CREATE
+        if libc.inotify_add_watch(fd, os.fsencode(state.root()), mask) < 0:
+            raise UklaunchError(f"cannot watch {state.root()}: {os.strerror(ctypes.get_errno())}", "see inotify(7)")
+        yield fd
+    finally:
+        os.close(fd)
