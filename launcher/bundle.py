@@ -23,7 +23,7 @@ BUSYBOX = "busybox-static"
 NETCAT = ("netcat-openbsd", "libbsd0", "libmd0", "libc6")
 NETCAT_LIBRARIES = ("libbsd.so.0", "libmd.so.0", "libc.so.6", "libresolv.so.2")
 # The drivers of what the VMMs offer, by name; those that a kernel has built in are not found, and not missed.
-MODULES = ("virtio_mmio", "virtio_pci", "virtio_net", "virtio_blk", "virtio_rng", "evdev", "button")
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_net", "virtio_blk", "virtio_rng", "evdev", "button", "pvpanic_pci")
 MANIFEST = """\
 # The default image of uklaunch: {kernel}
 kernel = "vmlinuz"

@@ -41,6 +41,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,
         nic=nic,
+        tells_panics=True,
     )
 
 
@@ -52,6 +53,7 @@ def _from_disk(spec: GuestSpec, nic: Nic) -> Boot:
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,
         nic=nic,
+        tells_panics=True,
     )
 
 

@@ -115,6 +115,8 @@ def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]
         args += ["-initrd", f"/proc/self/fd/{fds.initrd}"]
     for number, disk in enumerate(fds.disks):
         args += _disk_arguments(number, disk, bus, boots=boot.kernel is None and number == 0)
+    if boot.tells_panics and bus == "pci":
+        args += ["-device", "pvpanic-pci"]
     return args
 
 

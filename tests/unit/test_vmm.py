@@ -41,6 +41,12 @@ def test_devices_fit_the_board(machine: Machine, bus: str) -> None:
     assert option(args, "-sandbox")[0].startswith("on,")
 
 
+def test_a_board_with_pci_hears_of_panics() -> None:
+    boot = replace(BOOT, tells_panics=True)
+    assert "pvpanic-pci" in option(arguments(boot, Machine.Q35, Accel.TCG, FDS), "-device")
+    assert "pvpanic-pci" not in option(arguments(boot, Machine.MICROVM, Accel.KVM, FDS), "-device")
+
+
 def test_a_guest_writes_to_an_overlay_and_a_whole_disk_boots() -> None:
     boot = replace(BOOT, kernel=None)
     disks = (DiskFds(base=8, qcow2=True, overlay=9), DiskFds(base=10, qcow2=False, overlay=None))
