@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from . import state
 from .errors import UklaunchError
@@ -83,31 +83,34 @@ def read() -> Iterator[Event]:
 
 
 def follow() -> Iterator[Event]:
-    """All that is known, and then what happens, as it does; never ends. Blocks."""
-    with watching() as fd:
+    """All that is known, and then what happens, as it does; never ends. Blocks.
+
+    Who comes back to it so seldom that the file was set aside twice in between misses what was in it.
+    """
+    with watching() as fd, contextlib.ExitStack() as stack:
         os.set_blocking(fd, True)
-        current: int | None = None
-        yield from _parse(_older().read_bytes() if _older().exists() else b"")
-        rest = b""
-        try:
-            while True:
-                if current is None:
-                    with contextlib.suppress(FileNotFoundError):
-                        current, rest = os.open(path(), os.O_RDONLY | os.O_CLOEXEC), b""
-                if current is not None:
-                    # Asked before it is read: what is written after the file was set aside is written to the next.
-                    aside = _set_aside(current)
-                    while data := os.read(current, 1 << 16):
-                        *lines, rest = (rest + data).split(b"\n")
-                        yield from _parse(b"\n".join(lines))
-                    if aside:
-                        os.close(current)
-                        current = None
-                        continue
+        current = stack.enter_context(contextlib.ExitStack())
+        log = _open(current)
+        with contextlib.suppress(FileNotFoundError), _older().open("rb") as older:
+            if log is None or not os.path.sameopenfile(older.fileno(), log.fileno()):
+                yield from _parse(older.read())
+        while True:
+            # Asked before it is read: what is written after the file was set aside is written to the next.
+            aside = log is not None and _set_aside(log.fileno())
+            if log is not None:
+                yield from _parse(log.read())  # lines are written whole
+            if aside:
+                current.close()
+            if aside or log is None:
+                log = _open(current)
+            if log is None or not aside:
                 os.read(fd, 1 << 16)
-        finally:
-            if current is not None:
-                os.close(current)
+
+
+def _open(stack: contextlib.ExitStack) -> BinaryIO | None:
+    with contextlib.suppress(FileNotFoundError):
+        return stack.enter_context(path().open("rb"))
+    return None
 
 
 def _set_aside(fd: int) -> bool:
