@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import UklaunchError
+    from .health import HealthCheck
     from .image import identify
     from .model import Accel, AddressPlan, Family, GuestSpec, Port, Protocol
     from .pod import open_pod
     from .publish import Publish
+    from .restart import RestartPolicy
     from .run import Guest, RunOptions, run_guest
 
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "Family",
     "Guest",
     "GuestSpec",
+    "HealthCheck",
     "Port",
     "Protocol",
     "Publish",
+    "RestartPolicy",
     "RunOptions",
     "UklaunchError",
     "identify",
@@ -38,7 +42,9 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Accel", "AddressPlan", "Family", "GuestSpec", "Port", "Protocol"), "model"),
     **dict.fromkeys(("Guest", "RunOptions", "run_guest"), "run"),
+    "HealthCheck": "health",
     "Publish": "publish",
+    "RestartPolicy": "restart",
     "UklaunchError": "errors",
     "identify": "image",
     "open_pod": "pod",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import state
+from . import events, state
 from .errors import UklaunchError, UsageError
 
 
@@ -87,6 +87,7 @@ def remove(record: state.GuestRecord, *, force: bool = False) -> None:
     with state.pod_lock(record.pod):
         if not state.alive(record):  # else another run has taken the name meanwhile: that guest is not the one meant
             state.forget_guest(record.pod, record.name)
+            events.note("removed", record.pod, record.name)
 
 
 def remove_pod(name: str, *, force: bool = False) -> None:
@@ -115,8 +116,10 @@ def _bury(record: state.GuestRecord) -> None:
             reason="supervisor died",
             exit_code=int(ExitCode.OURS),
             exited_at=time.time(),
+            health=None,
             vmm_pid=0,
         )
+    events.note("stopped", record.pod, record.name, exit_code=int(ExitCode.OURS), reason="supervisor died")
     from . import pod
 
     pod.forget_dead_guests(record.pod)
@@ -144,7 +147,7 @@ def collect(*, kill: bool = False) -> Iterator[Collected]:
             continue
         if unsupervised(record):
             record = state.read_guest(pod, guest) or record  # what its supervisor wrote last
-            if not kill and record.status != "starting":
+            if not kill and record.status not in ("starting", "restarting"):
                 yield Collected("guest", name, "runs without a supervisor; left (--kill ends it)")
                 continue
             kill_vmm(record)

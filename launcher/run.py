@@ -314,10 +314,11 @@ class Guest:
         with trio.CancelScope(shield=True):
             code = await vmm.wait()
             mark("vmm-gone")
+            asked = self._stop_asked  # not later: what has ended cannot be stopped
             qmp_reason = await vmm.shutdown_reason()
             with trio.move_on_after(CONSOLE_TIMEOUT_S):
                 await copied.wait()
-            reason, exit_code = self._outcome(code, qmp_reason)
+            reason, exit_code = self._outcome(code, qmp_reason, asked)
             if reason is ExitReason.VMM_FAILED:
                 self.say(vmm.failure("QEMU ended").message)
             self.update(reason=reason.value, exit_code=exit_code, vmm_pid=0)
@@ -352,14 +353,14 @@ class Guest:
         self.update(health="starting")
         await probes.watch_health(partial(probes.check, self.netns, what), what, tell)
 
-    def _outcome(self, vmm_code: int, qmp_reason: str) -> tuple[ExitReason, int]:
+    def _outcome(self, vmm_code: int, qmp_reason: str, asked: bool) -> tuple[ExitReason, int]:
         """Why the guest ended, and the exit code that says so."""
         own = FAMILIES[self.record.family].exit_status(self.console.tail)
         if self._unhealthy:
             return ExitReason.UNHEALTHY, KILLED
         if self._killed:
             return ExitReason.KILLED, KILLED
-        if self._stop_asked:
+        if asked:
             return ExitReason.STOPPED, 0
         if vmm_code != 0:
             return ExitReason.VMM_FAILED, ExitCode.OURS
@@ -458,6 +459,7 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
                 final = state.read_guest(spec.pod, spec.name)
                 if remove and (options.remove_when_done or final is None or final.exited_at is None):
                     state.forget_guest(spec.pod, spec.name)
+                    events.note("removed", spec.pod, spec.name)
 
 
 @contextlib.contextmanager
@@ -517,6 +519,8 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     ports = tuple(dict.fromkeys((*spec.ports, *(item.guest for item in options.publish))))
     spec = replace(spec, ports=ports)
     async with contextlib.AsyncExitStack() as stack:
+        if spec.name in options.after:
+            raise UsageError(f"guest {spec.pod}/{spec.name} cannot come after itself")
         if options.after:
             await _others_ready(spec.pod, options)
         place = await stack.enter_async_context(_threaded(_taking_place(spec, options, accel)))

@@ -97,7 +97,7 @@ def test_one_importer_each(library: str) -> None:
     assert found <= ONLY_IMPORTER[library]
 
 
-@pytest.mark.parametrize("command", [["ps"], ["pod", "ls"], ["logs", "nobody"], ["stop", "nobody"]])
+@pytest.mark.parametrize("command", [["ps"], ["pod", "ls"], ["logs", "nobody"], ["stop", "nobody"], ["events"]])
 def test_what_must_be_quick_imports_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys; from launcher.cli import main; main(sys.argv[1:]);"
