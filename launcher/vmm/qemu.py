@@ -318,9 +318,14 @@ class Vmm:
         client = self._client
         if client is None or self._events is None:
             return ""
-        with trio.move_on_after(1):  # what QEMU wrote last is read, then its end of the socket
+
+        async def hung_up() -> None:
+            # Asked inside the loop: a change between the question and the wait would be missed.
             while client.runstate == Runstate.RUNNING:
-                await self._loop.run_aio_coroutine(client.runstate_changed())
+                await client.runstate_changed()
+
+        with trio.move_on_after(1):  # what QEMU wrote last is read, then its end of the socket
+            await self._loop.run_aio_coroutine(hung_up())
         events = self._events.clear()
         for event in events:
             if event["event"] == "GUEST_PANICKED":
