@@ -207,7 +207,7 @@ def cmd_ps(args: argparse.Namespace) -> int:
                 record.name,
                 status_text(record, status),
                 record.restarts,
-                age(now - record.started_at),
+                age(max(0, now - record.started_at)),  # clocks are set back
                 record.family,
                 record.accel,
                 f"{record.memory_mib}M",

@@ -6,7 +6,6 @@ Imports neither trio nor pyroute2 before there is something to clean up: `uklaun
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import signal
 import time
@@ -20,16 +19,9 @@ from .errors import UklaunchError, UsageError
 
 @contextlib.contextmanager
 def _pidfd(pid: int, lock: Path) -> Iterator[int | None]:
-    """A handle on the process that holds the lock, None if it is gone. Opened first, then asked: no pid is mistaken."""
-    try:
-        fd = os.pidfd_open(pid)
-    except (ProcessLookupError, ValueError):
-        yield None
-        return
-    try:
-        yield fd if state.is_held(lock) else None
-    finally:
-        os.close(fd)
+    """A handle on the process if it holds the lock, else None: the pid, or the lock, may be another's by now."""
+    with contextlib.ExitStack() as stack:
+        yield state.holder(pid, lock, stack)
 
 
 def _ends_within(pidfd: int, timeout_s: float) -> bool:

@@ -187,6 +187,8 @@ def run_detached(spec: GuestSpec, args: argparse.Namespace, note: Callable[[str]
     code = os.waitstatus_to_exitcode(status)
     if code in (INTERRUPTED, TERMINATED):
         return code
+    if code == -signal.SIGTERM:  # once more, while it was on its way out
+        return TERMINATED
     raise UklaunchError(
         f"the supervisor of {spec.pod}/{spec.name} ended without a word (code {code})", "clean up: uklaunch gc"
     )

@@ -307,20 +307,22 @@ def pod_lock(name: str) -> Iterator[int]:
 def holders(path: Path) -> Iterator[list[int]]:
     """Handles (pidfds) on the living processes that hold the lock, however they came by it; root sees them all."""
     with contextlib.ExitStack() as stack:
-        yield [fd for pid in _names(Path("/proc")) if pid.isdecimal() and (fd := _holder(pid, path, stack)) is not None]
+        pids = [int(name) for name in _names(Path("/proc")) if name.isdecimal()]
+        yield [handle for pid in pids if (handle := holder(pid, path, stack)) is not None]
 
 
-def _holder(pid: str, path: Path, stack: contextlib.ExitStack) -> int | None:
+def holder(pid: int, path: Path, stack: contextlib.ExitStack) -> int | None:
+    """A handle on the process, closed by the stack, if it lives and holds the lock; else None."""
     try:
         wanted = path.stat()
-        handle = os.pidfd_open(int(pid))  # first, so that what is found is found of this very process
-    except OSError:
+        handle = os.pidfd_open(pid)  # first, so that what is found is found of this very process
+    except (OSError, ValueError):
         return None
-    for fd in _names(Path("/proc", pid, "fd")):
+    for fd in _names(Path(f"/proc/{pid}/fd")):
         with contextlib.suppress(OSError):
             # Another may have it open to ask whether it is held: fdinfo tells which open files hold a lock.
-            if os.path.samestat(Path("/proc", pid, "fd", fd).stat(), wanted):
-                info = Path("/proc", pid, "fdinfo", fd).read_text()
+            if os.path.samestat(Path(f"/proc/{pid}/fd/{fd}").stat(), wanted):
+                info = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
                 if any(line.startswith("lock:") and "FLOCK" in line and "WRITE" in line for line in info.splitlines()):
                     stack.callback(os.close, handle)
                     return handle

@@ -141,7 +141,7 @@ def runs_again(name: str, before: set[str]) -> None:
     """The next run of the same names gets as far as to let its guest run, and leaves nothing."""
 
     async def brief() -> None:
-        spec = GuestSpec(name="n", pod=name, image=identify(DEFAULT_BUNDLE), memory_mib=64)
+        spec = GuestSpec(name="n", pod=name, image=identify(DEFAULT_BUNDLE))
         async with run_guest(spec, RunOptions(stop_timeout_s=0, remove_when_done=True)):
             pass
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import select
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.boot
 
 POD = "parallel"
 SEED = int(os.environ.get("UKLAUNCH_TEST_SEED", "0"))
-RUN = ("run", "default", "--pod", POD, "-d", "--no-wait", "--accel", "tcg", "-m", "64M", "--stop-timeout", "0")
+RUN = ("run", "default", "--pod", POD, "-d", "--no-wait", "--accel", "tcg", "--stop-timeout", "0")
 COMMANDS = [
     *((*RUN, "--name", name) for name in ("a", "a", "a", "b", "b", "c")),
     *((*RUN, "--rm", "--name", name) for name in ("a", "d")),
@@ -37,6 +38,7 @@ COMMANDS = [
     ("ps", "-a"),
     ("pod", "ls"),
 ]
+STOPPED = 128 + signal.SIGTERM  # while it was being launched
 REFUSALS = (  # what may be said when another came first
     "there is no guest",
     "there is no pod",
@@ -107,8 +109,8 @@ def test_twenty_commands_at_once(round: int) -> None:
     for command, process, err in zip(commands, processes, words, strict=True):
         said = [line for line in err.splitlines() if "no KVM" not in line]
         why = f"{' '.join(command)}: exit {process.returncode}\n{err}"
-        assert process.returncode in (0, 2), why
-        if process.returncode:
+        assert process.returncode in (0, 2, STOPPED), why
+        if process.returncode == 2:
             assert len(said) == 1, why
             assert any(refusal in said[0] for refusal in REFUSALS), why
     settle()
