@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 QUIT_TIMEOUT_S = 3.0
 CONSOLE_TIMEOUT_S = 5.0  # for a reader of our output who does not read
+ADDRESS_SPACE_MIB = 512  # beside the guest's memory; QEMU wants more, and can say so itself
 FILES = 128  # descriptors: a launch takes about fifty, and two for each disk
 CRASHED = 134  # as a program that called abort(3)
 KILLED = 137  # as a program that got SIGKILL
@@ -276,7 +277,10 @@ class Guest:
             nursery.start_soon(prepare_meanwhile)
             async with self.start_vmm() as vmm:
                 await prepared.wait()
-                self.update(status="running", vmm_pid=vmm.pid, machine=vmm.machine.value)
+                # Not `update`: a guest that is known as "starting" has nothing to lose, as `gc` sees it.
+                self.record = state.update_guest(
+                    self.record, status="running", vmm_pid=vmm.pid, machine=vmm.machine.value
+                )
                 await vmm.resume()
                 mark("resumed")
                 self._vmm = vmm
@@ -383,8 +387,15 @@ def last_line(console: bytes) -> str:
 # --- the run ---
 
 
-def _allow_files() -> None:
-    """Room for the descriptors of a launch, or an error while nothing has been made yet."""
+def _check_limits(memory_mib: int) -> None:
+    """Room for a launch, or an error while nothing has been made yet: Python hangs when a thread gets no memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    needed_mib = memory_mib + ADDRESS_SPACE_MIB
+    if soft != resource.RLIM_INFINITY and soft < needed_mib << 20:
+        raise UklaunchError(
+            f"a launch needs {needed_mib} MiB of address space, and {soft >> 20} are allowed",
+            "ulimit -v, or LimitAS= of its unit",
+        )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= FILES or soft == resource.RLIM_INFINITY:
         return
@@ -511,7 +522,7 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     """
     options = options or RunOptions()
     check_name("guest", spec.name)
-    _allow_files()
+    _check_limits(spec.memory_mib)
     accel, kvm = choose(options.accel)
     _say_accel(options.accel, accel, kvm, options)
     start = VMMS[options.vmm]

@@ -86,6 +86,13 @@ def test_too_few_open_files_are_said_before_anything_is_made(limit: int) -> None
     assert "ulimit -n" in lines[0]
 
 
+def test_too_little_memory_is_said_before_anything_is_made() -> None:
+    result = uklaunch(*RUN, wrap='ulimit -v 80000; exec "$@"', timeout_s=30)
+    lines = [line for line in result.stderr.splitlines() if "no KVM" not in line]
+    assert (result.returncode, len(lines)) == (125, 1), shown(result)
+    assert "of address space, and 78 are allowed" in lines[0]
+
+
 def test_a_low_limit_that_may_be_raised_is() -> None:
     result = uklaunch(*RUN, "--rm", wrap='ulimit -Sn 24; exec "$@"', env={"UKLAUNCH_FAULT": "resumed:SIGTERM"})
     assert result.returncode in (0, 128 + signal.SIGTERM), shown(result)  # stopped, or still being launched
