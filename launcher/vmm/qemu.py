@@ -1,8 +1,8 @@
 """QEMU: from a `Boot` to its argument list, its process and its QMP session.
 
 QEMU gets every descriptor ready-made (TAP, QMP and console socketpairs, image files) and so needs nothing: it runs
-as nobody, without capabilities, under seccomp, in a network namespace with nothing in it. It starts paused, so that
-it can load while the pod is being made.
+under a uid of its own, without capabilities, under seccomp, in a network namespace with nothing in it. It starts
+paused, so that it can load while the pod is being made.
 
 Sources: qemu-system-x86_64(1), docs/system/i386/microvm.rst, docs/interop/qmp-spec.rst.
 """
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient
 
 BINARY = "qemu-system-x86_64"
-NOBODY = 65534
+UID_BASE = 0x70000000  # right above systemd's range for containers (systemd's UIDS-GIDS.md); ours ends at 0x70FFFFFF
+OOM_SCORE_ADJ = 200  # when memory runs out, guests go before the host's services
 OVERLAY_DIR = Path("/var/tmp")  # on disk, not in memory: a guest may write as much as its disk holds
 STDERR_LINES_KEPT = 20
 QMP_TIMEOUT_S = 30
@@ -171,7 +172,7 @@ class _Opened(contextlib.ExitStack):
         return self.keep(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
     def readable(self, path: Path) -> int:
-        """The file, for QEMU to open again as nobody: as it is if anyone may read it, else a copy in memory."""
+        """The file, for QEMU to open again by itself: as it is if anyone may read it, else a copy in memory."""
         fd = self.file(path)
         return fd if os.fstat(fd).st_mode & stat.S_IROTH else self.bytes(path.name, [path])
 
@@ -347,12 +348,26 @@ def _signal(number: int) -> str:
     return f"signal {number}"
 
 
+def vmm_uid(pid: int) -> int:
+    """The uid, and gid, of the VMM that is process `pid` (at most 2^22): no two that run share one.
+
+    The pod's id would not do: a pod that is being made has none when its VMM starts.
+    """
+    return UID_BASE + pid
+
+
 def confined(command: list[str], groups: Iterable[int]) -> list[str]:
-    """The command as nobody, without capabilities or network; util-linux does each of these, and execs."""
+    """The command under its `vmm_uid`, without capabilities, network or core dumps.
+
+    Each program execs the next, so that the process which is started becomes QEMU, and its pid is QEMU's.
+    """
     keep = ",".join(str(group) for group in groups)
+    drop_uid = f'uid=$(({UID_BASE} + $$)) && exec setpriv --reuid="$uid" --regid="$uid" "$@"'
     return [
+        *("choom", "-n", str(OOM_SCORE_ADJ), "--"),
+        *("prlimit", "--core=0:0", "--"),  # a core holds all of the guest's memory
         *("unshare", "--net", "--ipc", "--uts", "--"),
-        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}"),
+        *("sh", "-c", drop_uid, "sh"),
         f"--groups={keep}" if keep else "--clear-groups",
         *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"),
         *command,
