@@ -18,7 +18,7 @@ import pytest
 from launcher import net, state
 from launcher.arguments import DEFAULT_BUNDLE
 from launcher.demo import demo
-from launcher.vmm.qemu import OOM_SCORE_ADJ, vmm_uid
+from launcher.vmm.qemu import OOM_SCORE_ADJ, OVERLAY_DIR, vmm_uid
 
 from .. import leaks
 from ..cli import COMMAND, shown, uklaunch
@@ -315,6 +315,16 @@ def test_the_vmm_has_no_rights_it_does_not_need() -> None:
         assert (proc / "ns" / kind).readlink() != Path("/proc/self/ns", kind).readlink()
     limits = (proc / "limits").read_text().splitlines()
     assert next(line.split()[4:6] for line in limits if line.startswith("Max core file size")) == ["0", "0"]
+    ours = (
+        f"{DEFAULT_BUNDLE}/",
+        f"{record.directory}/vmm.lock",
+        f"{OVERLAY_DIR}/#",
+        "/memfd:",
+        "/dev/null",
+        "/dev/net/tun",
+    )
+    opened = [str(fd.readlink()) for fd in (proc / "fd").iterdir()]
+    assert [path for path in opened if not path.startswith((*ours, "socket:", "pipe:", "anon_inode:"))] == []
     assert (proc / "oom_score_adj").read_text().strip() == str(OOM_SCORE_ADJ)
     assert (proc / "ns/net").readlink() not in (
         Path("/proc/self/ns/net").readlink(),
