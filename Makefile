@@ -3,6 +3,8 @@
 #   make demo    two guests and a container share localhost, shown and proven
 #   make test    the whole test suite (PYTEST_ARGS="-k localhost" for a part of it)
 #   make bench   what the router costs, against its alternatives (BENCH_ARGS="--quick compare" for a part of it)
+#   make deb     build/uklaunch_VERSION_all.deb, for Debian 12 and 13
+#   make deb-check   installs, upgrades and purges it in fresh trees of both, under running guests
 #   make lint    ruff and mypy
 
 SHELL := /bin/bash
@@ -15,7 +17,8 @@ IMAGE := /var/lib/uklaunch/default
 
 # python3-bpfcc is bcc, which PyPI does not have: hence Debian's python3 and its system packages in the venv.
 PACKAGES := python3-venv python3-bpfcc python3-nftables linux-libc-dev iproute2 util-linux qemu-system-x86 qemu-utils runc busybox-static kmod
-TEST_PACKAGES := containernetworking-plugins dnsmasq-base bind9-dnsutils iperf3 socat nftables curl cpio procps e2fsprogs wireshark-common tshark python3-scapy
+TEST_PACKAGES := containernetworking-plugins dnsmasq-base bind9-dnsutils iperf3 socat nftables curl cpio procps e2fsprogs wireshark-common tshark python3-scapy $(DEB_PACKAGES) lintian debootstrap python3-greenlet python3-idna python3-outcome python3-sortedcontainers
+DEB_PACKAGES := debhelper dpkg-dev
 
 # $(call install,PACKAGES): only what is missing, so that a machine which has all needs no network.
 install = @missing=$$(dpkg-query -W -f='$${Package} $${Status}\n' $(1) 2>/dev/null | awk '/ok installed$$/ {print $$1}' \
@@ -45,6 +48,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PYTHON) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-deb: $(VENV)/.installed
+	$(PYTHON) -m pip install --quiet --editable '.[deb]'
+	@touch $@
+
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PYTHON) -m pip install --quiet --editable '.[bench]'
 	@touch $@
@@ -58,7 +65,7 @@ demo: packages setup bytecode
 	$(VENV)/bin/uklaunch build-default $(IMAGE)
 	$(VENV)/bin/uklaunch demo
 
-setup-test: packages packages-test setup $(VENV)/.installed-dev bytecode
+setup-test: packages packages-test setup $(VENV)/.installed-dev $(VENV)/.installed-deb bytecode
 	$(VENV)/bin/uklaunch build-default $(IMAGE)
 	$(PYTHON) -m tests.debian
 
@@ -70,6 +77,24 @@ test: setup-test
 
 bench: setup-test $(VENV)/.installed-bench
 	$(APART) $(PYTHON) -m tests.bench $(BENCH_ARGS)
+
+# Built in a copy, which is what the package has: the checkout stays as it is.
+.PHONY: packages-deb deb deb-check
+packages-deb:
+	$(call install,$(DEB_PACKAGES))
+
+DEB := build/deb/uklaunch
+
+deb: packages-deb $(VENV)/.installed-deb
+	@rm -rf build/deb && mkdir -p $(DEB)
+	@cp -r launcher router guest-config bpf debian pyproject.toml README.md $(DEB)
+	@find $(DEB) -name __pycache__ -prune -exec rm -rf {} +
+	cd $(DEB) && PYTHON=$(abspath $(PYTHON)) dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { cat ../log >&2; exit 1; }
+	@rm -f build/uklaunch_*.deb && mv build/deb/uklaunch_*.deb build/ && ls build/uklaunch_*.deb
+
+deb-check: deb setup-test
+	tests/package/fresh bookworm
+	tests/package/fresh trixie
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -41,6 +41,15 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(ExitCode.USAGE)
 
 
+class Version(argparse.Action):
+    """Prints the version and ends. It is the installed distribution's; to look for that takes time: when asked only."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        parser.exit(message=f"{parser.prog} {version('uklaunch')}\n")
+
+
 def port_number(text: str) -> int:
     try:
         return Port.parse(text).number
@@ -118,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("-v", "--verbose", action="store_true", help="say more about errors")
     top.add_argument("--debug", action="store_true", help="show tracebacks")
+    top.add_argument("--version", action=Version, nargs=0, help="show the version, and end")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, text: str, *, to: Any = commands, as_json: bool = False) -> Parser:

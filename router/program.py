@@ -163,6 +163,11 @@ def cache() -> Path:
     return Path(os.environ.get("UKLAUNCH_CACHE", "/var/cache/uklaunch"))
 
 
+def compile_ahead() -> None:
+    """For whoever installs: the first pod on this host need not wait for the compiler. Raises RouterError."""
+    _compiled(())
+
+
 def _compiled(defines: Sequence[str]) -> dict[str, Any]:
     """compile.py's object, from the cache if it is there. Raises RouterError."""
     package = Path(__file__).parent
