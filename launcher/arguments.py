@@ -47,7 +47,8 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from importlib.metadata import version
 
-        parser.exit(message=f"{parser.prog} {version('uklaunch')}\n")
+        print(f"{parser.prog} {version('uklaunch')}")
+        parser.exit()
 
 
 def port_number(text: str) -> int:
