@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Putting a question (a TCP SYN, a UDP datagram) to every guest of a pod: see ports.h for what comes back.
  *

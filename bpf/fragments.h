@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Fragments. The first one has the ports and finds the flow; where the others go it leaves in the table, under the
  * datagram's identification. Others that come before it are dropped and counted: who fragments sends in order.

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * What a guest may send: frames from its own MAC address, its own IPv4 and IPv6 addresses, and no word about anybody
  * else's. The rest is dropped and counted by reason.

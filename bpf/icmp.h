@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * ICMP and ICMPv6 errors about flows of ours. An error quotes the packet that it is about, as its sender saw it; turned
  * round, the quoted packet's tuple is the key of the entry for the answers, and the error travels as an answer would:

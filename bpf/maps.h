@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Every map and struct of the router, and the only description of them. router/tables.py mirrors the bytes and
  * tests/bpf/test_layout.py compares the two field by field.

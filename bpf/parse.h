@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * From a frame to a flow key. All bounds checks on packet pointers are here; whoever needs more of a packet than
  * `struct packet` says fetches it with bpf_skb_load_bytes(), which checks for itself.

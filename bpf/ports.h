@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Who serves a port? Declared by its user; else the only guest there is; else learned: every guest is asked, and the
  * first answer makes its sender the owner.

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only
+/* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Why the router dropped a packet: one list, for the program that counts and for Python, which reads this file. A
  * reason's place in the list is its index in `struct counters`; append only, or bump nothing: the pin path carries a
