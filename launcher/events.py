@@ -103,8 +103,9 @@ def follow() -> Iterator[Event]:
                 current.close()
             if aside or log is None:
                 log = _open(current)
-            if log is None or not aside:
-                os.read(fd, 1 << 16)
+                if log is not None:
+                    continue  # what was said of it may have been taken already: read before waiting
+            os.read(fd, 1 << 16)
 
 
 def _open(stack: contextlib.ExitStack) -> BinaryIO | None:
