@@ -28,13 +28,37 @@ PCAP = (
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors in one line."""
 
+    from_file = False  # there is --config FILE
     intermixed = False  # options may also stand between the positional arguments, whose last is any number of words
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.from_file:
+            args = self.expanded(args)
         if not self.intermixed:
             return super().parse_known_args(args, namespace)
         self.intermixed = False  # argparse does it by calling us again
         return self.parse_known_intermixed_args(args, namespace)
+
+    def expanded(self, args: list[str]) -> list[str]:
+        """What the file says, as options before those given: the last one wins, and lists add up. Raises UsageError."""
+        only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        only.add_argument("--config", type=Path)
+        given, rest = only.parse_known_args(args)
+        if given.config is None:
+            return args
+        from . import config
+
+        switches = (argparse._StoreTrueAction, argparse._HelpAction)
+        options = {
+            action.dest: config.Option(
+                flag=max(action.option_strings[:2], key=len),
+                many=isinstance(action, argparse._AppendAction),
+                path=action.type is Path,
+            )
+            for action in self._actions
+            if action.option_strings and action.dest != "config" and not isinstance(action, switches)
+        }
+        return [*config.arguments(given.config, options), *rest]
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see: {self.prog} --help)", file=sys.stderr)
@@ -141,6 +165,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--interval", type=interval, default=1.0, metavar="SECONDS", help=f"{text} (default: 1)")
 
     run = add("run", "run a guest in a pod")
+    run.from_file = True
+    run.add_argument("--config", metavar="FILE.toml", help="IMAGE and options from there; those given here come after")
     run.add_argument("image", metavar="IMAGE", help="disk image, kernel or bundle directory; `default`: ours")
     run.add_argument("--pod", required=True, metavar="POD", help="made if it does not exist, and goes with its guests")
     run.add_argument("--name", help="the guest's name and host name (default: the image's)")
@@ -190,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     add("inspect", "all that is known of a guest, as JSON").add_argument("guest", metavar="GUEST")
 
     pods = commands.add_parser("pod", help="create, list, inspect and remove pods; run commands in them")
-    pod_commands = pods.add_subparsers(dest="pod_command", required=True, metavar="COMMAND", parser_class=Parser)
+    pod_commands = pods.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=Parser)
 
     create = add("create", "make a pod that stays until it is removed", to=pod_commands)
     create.add_argument("pod", metavar="POD")
@@ -250,6 +276,11 @@ def parser() -> argparse.ArgumentParser:
     told.add_argument("-f", "--follow", action="store_true", help="go on, as it happens")
     told.add_argument("--pod", default=None)
     told.add_argument("--since", type=moment, metavar="WHEN", help="such as 10m, 2h, 09:30, 2026-01-31T09:30")
+    routers = commands.add_parser("router", help="load, show and unload this host's router")
+    router_commands = routers.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=Parser)
+    add("load", "load and pin the router now, so that no pod waits for it", to=router_commands)
+    add("status", "which versions of the router are loaded (exit code 1: not ours)", to=router_commands, as_json=True)
+    add("unload", "unload the router, unless a pod needs it", to=router_commands)
     gc = add("gc", "clean up after crashes", as_json=True)
     gc.add_argument("--kill", action="store_true", help="end guests that run without a supervisor")
     add("doctor", "check what this machine offers, with remedies", as_json=True)

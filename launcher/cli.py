@@ -105,6 +105,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     from .image import identify
     from .model import GuestSpec
 
+    if args.config is not None:
+        raise UsageError("write --config in full")  # abbreviated, it has not been read
     check_name("pod", args.pod)
     path = find_image(args.image)
     ports = tuple(Port.parse(text) for text in args.expose)
@@ -544,6 +546,40 @@ def cmd_metrics(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def cmd_router_load(args: argparse.Namespace) -> int:
+    from . import pod
+
+    require_root()
+    with pod.open_router():
+        return ExitCode.OK
+
+
+def cmd_router_status(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    import router
+
+    require_root()
+    versions = router.loaded()
+    if args.json:
+        print_json([asdict(version) for version in versions])
+    else:
+        for version in versions:
+            ours = "" if version.ours else ", of another version of uklaunch"
+            print(f"{version.directory}: {version.pods} pods{ours}")
+    return ExitCode.OK if any(version.ours for version in versions) else ExitCode.FAILURE
+
+
+def cmd_router_unload(args: argparse.Namespace) -> int:
+    import router
+
+    require_root()
+    router.unload_all()
+    if left := router.loaded():
+        raise UklaunchError(f"{sum(version.pods for version in left)} pods need the router", "see: uklaunch pod ls")
+    return ExitCode.OK
+
+
 def cmd_gc(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
@@ -609,6 +645,9 @@ COMMANDS: dict[tuple[str, str | None], Callable[[argparse.Namespace], int]] = {
     ("ports", None): cmd_ports,
     ("pcap", None): cmd_pcap,
     ("metrics", None): cmd_metrics,
+    ("router", "load"): cmd_router_load,
+    ("router", "status"): cmd_router_status,
+    ("router", "unload"): cmd_router_unload,
     ("gc", None): cmd_gc,
     ("doctor", None): cmd_doctor,
     ("build-default", None): cmd_build_default,
@@ -619,10 +658,10 @@ COMMANDS: dict[tuple[str, str | None], Callable[[argparse.Namespace], int]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     global verbosity, debug
     mark("cli")
-    args = parser().parse_args(argv)
-    verbosity, debug = int(args.verbose), args.debug
     try:
-        return COMMANDS[args.command, getattr(args, "pod_command", None)](args)
+        args = parser().parse_args(argv)
+        verbosity, debug = int(args.verbose), args.debug
+        return COMMANDS[args.command, getattr(args, "subcommand", None)](args)
     except UklaunchError as exc:
         if debug:
             raise

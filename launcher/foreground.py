@@ -57,7 +57,22 @@ def run_attached(spec: GuestSpec, args: argparse.Namespace, note: Callable[[str]
 
     options = _options(args, note)
     with _raw_terminal():
+        if "NOTIFY_SOCKET" in os.environ:
+            return trio.run(_as_service, spec, options, args.ready_timeout)
         return trio.run(_attached, spec, options)
+
+
+async def _as_service(spec: GuestSpec, options: RunOptions, ready_timeout_s: float) -> int:
+    from dataclasses import replace
+
+    from . import notify
+
+    if (manager := notify.ServiceManager.take()) is None:
+        return await _attached(spec, options)
+    async with notify.telling(
+        manager, ready_timeout_s=ready_timeout_s, stop_timeout_s=options.stop_timeout_s
+    ) as on_change:
+        return await _attached(spec, replace(options, on_change=on_change))
 
 
 @contextlib.contextmanager

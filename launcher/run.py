@@ -66,6 +66,7 @@ class RunOptions:
     after_timeout_s: float = AFTER_TIMEOUT_S
     remove_when_done: bool = False
     note: Callable[[str], None] = lambda text: None  # is told what a person may want to know
+    on_change: Callable[[state.GuestRecord], None] = lambda record: None  # is handed the guest's record as it changes
     # is handed the console's output as it comes
     on_console: Callable[[bytes], Awaitable[None]] | None = None
 
@@ -200,6 +201,7 @@ class Guest:
     def update(self, **changes: Any) -> None:
         """Put down what has changed. A full disk loses what others get to know, not the guest."""
         self.record = replace(self.record, **changes)
+        self.options.on_change(self.record)
         try:
             state.write_guest(self.record)
         except UklaunchError as exc:

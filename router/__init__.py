@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Flow,
         FlowState,
         GuestRow,
+        Loaded,
         PodRow,
         PortRow,
         Reason,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         Timeouts,
         UplinkRow,
     )
-    from .tables import DropWatch, Router, drop_reasons, is_loaded, open_router, unload_all
+    from .tables import DropWatch, Router, drop_reasons, is_loaded, loaded, open_router, unload_all
 
 __all__ = [
     "PASSED",
@@ -40,6 +41,7 @@ __all__ = [
     "Flow",
     "FlowState",
     "GuestRow",
+    "Loaded",
     "PodRow",
     "PortRow",
     "Reason",
@@ -50,12 +52,13 @@ __all__ = [
     "UplinkRow",
     "drop_reasons",
     "is_loaded",
+    "loaded",
     "open_router",
     "unload_all",
 ]
 
 _HOMES = {"RouterError": "errors"} | dict.fromkeys(
-    ("DropWatch", "Router", "drop_reasons", "is_loaded", "open_router", "unload_all"), "tables"
+    ("DropWatch", "Router", "drop_reasons", "is_loaded", "loaded", "open_router", "unload_all"), "tables"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 
 Address = IPv4Address | IPv6Address
 
@@ -119,6 +120,15 @@ class Severed:
     port: int
     peer_address: Address
     peer_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A version of the router that is loaded, and how many pods it serves. `ours`: of these very sources."""
+
+    directory: Path
+    pods: int
+    ours: bool
 
 
 @dataclass(frozen=True, slots=True)

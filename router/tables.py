@@ -29,6 +29,7 @@ from .model import (
     Flow,
     FlowState,
     GuestRow,
+    Loaded,
     PodRow,
     PortRow,
     Reason,
@@ -632,19 +633,32 @@ def is_loaded() -> bool:
     return (program.root() / program.version()).is_dir()
 
 
+def loaded() -> list[Loaded]:
+    """Every version of the router that is loaded. What is half-pinned is not."""
+    found = []
+    for directory in program.versions():
+        with suppress(OSError):
+            found.append(Loaded(directory, pods=_pods_of(directory), ours=directory.name == program.version()))
+    return found
+
+
 def unload_all() -> list[Path]:
     """Unpin every version of the router that has no pods left; returns what is gone."""
     gone = []
     for directory in program.versions():
         with suppress(OSError):  # half-pinned: there is nothing in it to keep
-            fd = syscall.open_pin(f"{directory}/pods")
-            try:
-                if any(True for _ in syscall.keys(fd, _POD_KEY)):
-                    continue
-            finally:
-                os.close(fd)
+            if _pods_of(directory):
+                continue
         program.remove(directory)
         gone.append(directory)
     with suppress(OSError):
         program.root().rmdir()  # not empty: somebody else's version is in use
     return gone
+
+
+def _pods_of(directory: Path) -> int:
+    fd = syscall.open_pin(f"{directory}/pods")
+    try:
+        return sum(1 for _ in syscall.keys(fd, _POD_KEY))
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Units, and the generator, which systemd runs as a program of its own; Python reads neither."""
