@@ -34,13 +34,12 @@ def plan_of(record: state.PodRecord) -> AddressPlan:
 
 @contextlib.contextmanager
 def open_router() -> Iterator[router.Router]:
-    """The host's router; loaded now if it is not."""
+    """The host's router; loaded now if it is not. What it refuses inside the block is an UklaunchError outside."""
     try:
-        opened = router.open_router()
+        with router.open_router() as table:
+            yield table
     except router.RouterError as exc:
         raise UklaunchError(exc.message, exc.hint, exc.detail) from exc
-    with opened as table:
-        yield table
 
 
 # --- create and delete ---
@@ -326,6 +325,8 @@ class Membership:
                     f"pod {self.record.name!r} is served by the router of another version of uklaunch",
                     f"make it anew: uklaunch pod rm --force {self.record.name}",
                 )
+            else:
+                _forget_dead(self.record, table)  # or a guest that was killed keeps the ports of its next run
             self.ifindex, self.ports = net.link_indexes(self.netns)[self.tap], ports
             self._admit(table)
             mark("guest-row")
@@ -363,10 +364,7 @@ class Membership:
             while os.read(self.tap_fd, TAP_MTU_MAX + TAP_HEADERS):  # what was sent to the run before
                 pass
         with state.pod_lock(self.record.name), open_router() as table:
-            try:
-                self._admit(table)
-            except router.RouterError as exc:
-                raise UklaunchError(exc.message, exc.hint, exc.detail) from exc
+            self._admit(table)
             self.attach(table.program_fd)
 
     def attach(self, program_fd: int) -> None:
@@ -472,12 +470,17 @@ def forget_dead_guests(name: str) -> None:
         record = state.read_pod(name)
         if record is None or not record.id or not Path(record.netns).exists():
             return
-        present = set(net.link_indexes(Path(record.netns)).values())
         with open_router() as table:
-            for row in table.guests(record.id):
-                if row.ifindex not in present:
-                    reset.reset(Path(record.netns), table.remove_guest(record.id, row.ifindex))
+            _forget_dead(record, table)
         uplink.forget_guests(record, [guest.name for guest in running_guests(name)])
+
+
+def _forget_dead(record: state.PodRecord, table: router.Router) -> None:
+    """Under the pod's lock."""
+    present = set(net.link_indexes(Path(record.netns)).values())
+    for row in table.guests(record.id):
+        if row.ifindex not in present:
+            reset.reset(Path(record.netns), table.remove_guest(record.id, row.ifindex))
 
 
 def unknown_ids(table: router.Router) -> list[int]:

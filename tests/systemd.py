@@ -62,7 +62,8 @@ class Host:
     _unread: list[str] = field(default_factory=list)
 
     @classmethod
-    def install(cls, directory: Path) -> Host:
+    @contextlib.contextmanager
+    def install(cls, directory: Path) -> Iterator[Host]:
         """What a package and an administrator put there."""
         for name in ("etc", "units", "generators", "log"):
             (directory / name).mkdir()
@@ -77,7 +78,7 @@ class Host:
         (units / "multi-user.target").write_text(_MULTI_USER)
         shutil.copy(UNITS / "uklaunch-generator", directory / "generators")
         os.mkfifo(directory / "events")
-        host = cls(directory)
+        host = cls(directory, _events=os.open(directory / "events", os.O_RDWR | os.O_NONBLOCK))
         for template in ("uklaunch@", "uklaunch-pod@", "uklaunch-router"):
             host.drop_in(
                 f"{template}.service",
@@ -87,7 +88,10 @@ class Host:
             )
         host.want("multi-user.target", "uklaunch.target")
         host.want("uklaunch.target", "uklaunch-router.service")
-        return host
+        try:
+            yield host
+        finally:
+            os.close(host._events)
 
     def drop_in(self, unit: str, text: str) -> None:
         into = self.directory / "units" / f"{unit}.d"
@@ -105,8 +109,6 @@ class Host:
     def booted(self) -> Iterator[None]:
         """From PID 1's start until it says that all that is wanted is active; at the block's end, power off."""
         with contextlib.ExitStack() as stack:
-            self._events = os.open(self.directory / "events", os.O_RDWR | os.O_NONBLOCK)
-            stack.callback(os.close, self._events)
             cgroup = stack.enter_context(_cgroup())
             namespaces = ("--pid", "--fork", "--kill-child", "--mount", "--cgroup", "--net", "--ipc", "--uts")
             environment = {

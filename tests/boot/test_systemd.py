@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,16 +31,21 @@ WantedBy=uklaunch.target
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
-    host = Host.install(tmp_path)
-    etc = tmp_path / "etc"
+def host(tmp_path: Path) -> Iterator[Host]:
+    with Host.install(tmp_path) as host:
+        furnish(host)
+        yield host
+
+
+def furnish(host: Host) -> None:
+    """A pod with two guests of both kinds of files, and a file that is wrong."""
+    etc = host.directory / "etc"
     (etc / "shop.pod").write_text(SHOP_POD)
     (etc / "db.toml").write_text(DB_TOML)
     (etc / "web.guest").write_text(WEB_GUEST)
     (etc / "broken.guest").write_text("[Guest]\nImag=default\n")
     host.want("uklaunch.target", DB)
     host.drop_in(DB, f"[Unit]\nRequires={SHOP}\nAfter={SHOP}\n")
-    return host
 
 
 def guests(host: Host) -> dict[str, str]:
