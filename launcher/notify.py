@@ -59,7 +59,8 @@ def about(record: GuestRecord, stop_timeout_s: float) -> bytes:
     match record.status:
         case "ready":
             ports = f", ports {' '.join(record.ports)}" if record.ports else ""
-            return lines(READY=1, STATUS=f"{guest} is ready at {record.ipv4}, {record.ipv6}{ports}")
+            health = f" ({record.health})" if record.health else ""
+            return lines(READY=1, STATUS=f"{guest} is ready{health} at {record.ipv4}, {record.ipv6}{ports}")
         case "stopping":
             # systemd's patience is not to end before ours.
             extend = microseconds(stop_timeout_s + STOP_MARGIN_S)

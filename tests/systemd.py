@@ -6,7 +6,7 @@
       └── READY=1 of PID 1, and a line from each unit that becomes active or has stopped (a FIFO)
 
 Its root is this machine's; its own are /run, /sys, bpffs, cgroups, /etc/uklaunch, and the units that it sees: ours and
-what stands for a distribution's. A reboot ends it and starts another over the same /etc.
+the few of systemd's own that they need. A reboot ends it and starts another over the same /etc.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ UNITS = Path(package.__file__).parent
 BIN = Path(sys.executable).parent
 BOOT_TIMEOUT_S = 120
 
-# Of systemd's own units: what a shutdown takes. The others stand empty for a distribution's.
-_ITS = ("shutdown.target", "umount.target", "final.target", "poweroff.target", "systemd-poweroff.service")
-_EMPTY = ("sysinit.target", "basic.target", "network.target")
+# Of systemd's own units: those that order a start, and what a shutdown takes. Without them, for one, the mounts that
+# pods are would go before their guests.
+_ITS = (
+    *("sysinit.target", "basic.target", "local-fs.target", "local-fs-pre.target", "network.target"),
+    *("shutdown.target", "umount.target", "final.target", "poweroff.target", "systemd-poweroff.service"),
+)
 _MULTI_USER = "[Unit]\nRequires=basic.target\nAfter=basic.target\nAllowIsolate=yes\n"
 
 _SETUP = """
@@ -73,8 +76,6 @@ class Host:
                 shutil.copy(path, units)
         for name in _ITS:
             (units / name).symlink_to(f"/lib/systemd/system/{name}")
-        for name in _EMPTY:
-            (units / name).write_text("[Unit]\nDefaultDependencies=no\n")
         (units / "multi-user.target").write_text(_MULTI_USER)
         shutil.copy(UNITS / "uklaunch-generator", directory / "generators")
         os.mkfifo(directory / "events")
@@ -187,7 +188,10 @@ class Host:
 def _cgroup() -> Iterator[Path]:
     """One of our own, which is the root of what that host sees."""
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    root = next((Path(where) for where, kind in mounts if kind == "cgroup2"), None)
+    roots = [Path(where) for where, kind in mounts if kind == "cgroup2"]
+    root = next(
+        (root for root in roots if (root / "cgroup.procs").exists()), None
+    )  # others may lie under a later mount
     if root is None:
         raise RuntimeError("no cgroup2 is mounted")
     cgroup = root / f"uklaunch-test-{os.getpid()}"

@@ -77,6 +77,10 @@ def test_a_unit_is_active_only_when_its_guest_is_ready(host: Host) -> None:
         host.wait_event(f"stopped {WEB} success")
         assert guests(host) == {"db": "ready"}
         host.systemctl("start", "--no-block", WEB)
+        host.systemctl("stop", WEB)  # in the middle of its launch
+        host.wait_event(f"stopped {WEB} success")
+        assert guests(host) == {"db": "ready"}
+        host.systemctl("start", "--no-block", WEB)
         assert host.systemctl("is-active", WEB, check=False).strip() == "activating"
         host.wait_event(f"active {WEB}")
         assert guests(host) == {"web": "ready", "db": "ready"}
@@ -93,3 +97,24 @@ def test_the_watchdog_ends_a_stopped_supervisor_and_starts_another(host: Host) -
         assert host.show(WEB, "MainPID") != str(first)
         assert host.show(WEB, "NRestarts") == "1"
         assert host.show(DB, "NRestarts") == "0"
+
+
+def test_nothing_is_left_of_a_supervisor_that_was_killed(host: Host) -> None:
+    """Not its QEMU, which systemd ends, and neither record nor rows that are not true any more."""
+    host.drop_in(WEB, "[Service]\nRestart=no\n")
+    with host.booted():
+        host.wait_event(f"active {WEB}")
+        host.kill(int(host.show(WEB, "MainPID")), signal.SIGKILL)
+        host.wait_event(f"stopped {WEB} signal")
+        assert guests(host) == {"db": "ready"}
+        assert [guest["name"] for guest in json.loads(host.uklaunch("pod", "inspect", "shop"))["guests"]] == ["db"]
+        assert json.loads(host.uklaunch("gc", "--json")) == []
+        assert len(host.run("pgrep", "qemu-system").split()) == 1
+
+
+def test_a_router_of_sources_that_nobody_has_compiled_yet(host: Host) -> None:
+    """The compiler too runs shut in. PrivateTmp= makes its cache an empty one."""
+    host.drop_in("uklaunch-router.service", "[Service]\nEnvironment=UKLAUNCH_CACHE=/tmp/none\n")
+    with host.booted():
+        assert host.wait_event(f"active {WEB}")[0] == "active uklaunch-router.service"
+        assert host.systemctl("is-active", "uklaunch-router.service").strip() == "active"

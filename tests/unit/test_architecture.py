@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = (
     {"cli", "__main__"},
     {"foreground", "demo", "doctor", "control", "bundle", "arguments", "observe"},
+    {"notify", "config"},
     {"run", "container"},
     {"healing", "probes"},
     {"pod", "image", "guests", "vmm", "console", "watch"},
