@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import UklaunchError
+    from .guest import Guest, RunOptions
     from .health import HealthCheck
     from .image import identify
     from .model import Accel, AddressPlan, Family, GuestSpec, Port, Protocol
     from .pod import open_pod
     from .publish import Publish
     from .restart import RestartPolicy
-    from .run import Guest, RunOptions, run_guest
+    from .run import run_guest
 
 __all__ = [
     "Accel",
@@ -41,13 +42,14 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Accel", "AddressPlan", "Family", "GuestSpec", "Port", "Protocol"), "model"),
-    **dict.fromkeys(("Guest", "RunOptions", "run_guest"), "run"),
+    **dict.fromkeys(("Guest", "RunOptions"), "guest"),
     "HealthCheck": "health",
     "Publish": "publish",
     "RestartPolicy": "restart",
     "UklaunchError": "errors",
     "identify": "image",
     "open_pod": "pod",
+    "run_guest": "run",
 }
 
 

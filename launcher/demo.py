@@ -13,9 +13,10 @@ import trio
 from . import pod, state
 from .container import Container, container
 from .errors import UklaunchError, first_error
+from .guest import Guest, RunOptions
 from .image import identify
 from .model import GuestSpec
-from .run import Guest, RunOptions, run_guest
+from .run import run_guest
 
 POD = "demo"
 READY_TIMEOUT_S = 60

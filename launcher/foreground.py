@@ -20,7 +20,7 @@ from .model import Accel, GuestSpec
 from .timeline import mark
 
 if TYPE_CHECKING:
-    from .run import Guest, RunOptions
+    from .guest import Guest, RunOptions
 
 STDIN, STDOUT = 0, 1
 STDIN_PATIENCE_S = 5
@@ -29,7 +29,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def _options(args: argparse.Namespace, note: Callable[[str], None]) -> RunOptions:
-    from .run import RunOptions
+    from .guest import RunOptions
 
     return RunOptions(
         vmm=args.vmm,

@@ -15,9 +15,11 @@ ROOT = Path(__file__).parent.parent.parent
 # Each module may import those in the rows below its own, and `timeline`, which imports `fault` alone.
 LAYERS = (
     {"cli", "__main__"},
+    {"commands"},
     {"foreground", "demo", "doctor", "control", "bundle", "arguments", "observe"},
     {"notify", "config"},
     {"run", "container"},
+    {"guest"},
     {"healing", "probes"},
     {"pod", "image", "guests", "vmm", "console", "watch"},
     {"uplink"},
@@ -34,7 +36,11 @@ ONLY_IMPORTER = {
     "pyroute2": {"launcher/net.py"},
     "nftables": {"launcher/firewall.py"},
     "bcc": {"router/compile.py"},
-    "argparse": {"launcher/cli.py", "launcher/arguments.py", "launcher/foreground.py"},
+    "argparse": {
+        "launcher/arguments.py",
+        "launcher/foreground.py",
+        *(f"launcher/commands/{name}.py" for name in ("guests", "host", "observe", "pods", "run")),
+    },
 }
 
 

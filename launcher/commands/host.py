@@ -1,0 +1,93 @@
+"""The host: `router load`, `status`, `unload`, `gc`, `doctor`, `build-default`, `demo`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ..errors import ExitCode, UklaunchError
+from .needs import require_root
+from .output import print_json
+from .run import find_image
+
+if TYPE_CHECKING:
+    pass
+
+
+def cmd_router_load(args: argparse.Namespace) -> int:
+    from .. import pod
+
+    require_root()
+    with pod.open_router():
+        return ExitCode.OK
+
+
+def cmd_router_status(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    import router
+
+    require_root()
+    versions = router.loaded()
+    if args.json:
+        print_json([asdict(version) for version in versions])
+    else:
+        for version in versions:
+            ours = "" if version.ours else ", of another version of uklaunch"
+            print(f"{version.directory}: {version.pods} pods{ours}")
+    return ExitCode.OK if any(version.ours for version in versions) else ExitCode.FAILURE
+
+
+def cmd_router_unload(args: argparse.Namespace) -> int:
+    import router
+
+    require_root()
+    router.unload_all()
+    if left := router.loaded():
+        raise UklaunchError(f"{sum(version.pods for version in left)} pods need the router", "see: uklaunch pod ls")
+    return ExitCode.OK
+
+
+def cmd_gc(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from .. import control
+
+    require_root()
+    done = list(control.collect(kill=args.kill))
+    if args.json:
+        print_json([asdict(item) for item in done])
+    else:
+        for item in done:
+            print(f"{item.what} {item.name}: {item.action}")
+    return ExitCode.OK
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from ..doctor import examine
+
+    findings = examine()
+    if args.json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
+            remedy = f"; remedy: {finding.remedy}" if finding.remedy and not finding.ok else ""
+            print(f"{mark}  {finding.need}: {finding.found}{remedy}")
+    return ExitCode.OK if all(finding.ok or not finding.required for finding in findings) else ExitCode.FAILURE
+
+
+def cmd_build_default(args: argparse.Namespace) -> int:
+    from ..bundle import build_default
+
+    build_default(args.directory)
+    return ExitCode.OK
+
+
+def cmd_demo(args: argparse.Namespace) -> int:
+    from ..demo import demo
+
+    require_root()
+    return ExitCode.OK if demo(find_image("default"), print) else ExitCode.FAILURE

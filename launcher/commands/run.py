@@ -1,0 +1,116 @@
+"""`run`: from its arguments to what is to be run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import state
+from ..arguments import DEFAULT_BUNDLE
+from ..errors import ImageNotFound, UsageError
+from ..model import Family, Port, check_name, parse_memory_mib, parse_mtu
+from ..timeline import mark
+from .needs import require_root
+from .output import note
+
+if TYPE_CHECKING:
+    from ..health import HealthCheck
+    from ..publish import Publish
+
+DEFAULT_MEMORY_MIB = 128
+
+
+def find_image(argument: str) -> Path:
+    path = Path(argument)
+    if argument == "default" and not path.exists():
+        if not DEFAULT_BUNDLE.exists():
+            raise ImageNotFound("the default image has not been built", "build it: uklaunch build-default")
+        return DEFAULT_BUNDLE
+    return path
+
+
+def default_name(image: Path, pod: str) -> str:
+    """The image's own name, made usable, with a number behind it while a guest of that name runs."""
+    base = re.sub(r"[^a-z0-9]+", "-", image.resolve().stem.lower()).strip("-")[:40].strip("-") or "guest"
+    name, number = base, 1
+    while (old := state.read_guest(pod, name)) is not None and state.alive(old):
+        number += 1
+        name = f"{base}-{number}"
+    return name
+
+
+def parse_env(pairs: Sequence[str]) -> dict[str, str]:
+    env = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise UsageError(f"-e {pair!r}: {key!r} is not a variable's name", "write it as -e KEY=VALUE")
+        if not equals and key not in os.environ:
+            raise UsageError(f"-e {key}: no value, and {key} is not in our own environment", f"-e {key}=VALUE")
+        env[key] = value if equals else os.environ[key]
+    return env
+
+
+def cmd_run(args: argparse.Namespace) -> int:
+    """All that can be wrong with the arguments is found here, before anything is made."""
+    from ..image import identify
+    from ..model import GuestSpec
+
+    if args.config is not None:
+        raise UsageError("write --config in full")  # abbreviated, it has not been read
+    check_name("pod", args.pod)
+    path = find_image(args.image)
+    ports = tuple(Port.parse(text) for text in args.expose)
+    args.publish = parse_publish(args)
+    memory_mib = parse_memory_mib(args.memory) if args.memory else None
+    mtu = parse_mtu(args.mtu) if args.mtu else None
+    env = parse_env(args.env)
+    if args.cpus is not None and not 1 <= args.cpus <= 255:
+        raise UsageError(f"--cpus {args.cpus} is not between 1 and 255")
+    from ..restart import RestartPolicy
+
+    args.restart = RestartPolicy.parse(args.restart)
+    args.health = parse_health(args) if args.health else None
+    args.after = [check_name("guest", other) for other in args.after]
+    image = identify(path, Family(args.family) if args.family else None)
+    name = check_name("guest", args.name) if args.name else default_name(path, args.pod)
+    require_root()
+    spec = GuestSpec(
+        name=name,
+        pod=args.pod,
+        image=image,
+        memory_mib=memory_mib or image.memory_mib or DEFAULT_MEMORY_MIB,
+        cpus=args.cpus or image.cpus or 1,
+        env={**image.env, **env},
+        cmdline=args.cmdline,
+        ports=tuple(dict.fromkeys((*image.ports, *ports))),
+        mtu=mtu,
+    )
+    mark("args")
+    from .. import foreground
+
+    if args.detach:
+        return foreground.run_detached(spec, args, note)
+    return foreground.run_attached(spec, args, note)
+
+
+def parse_publish(args: argparse.Namespace) -> tuple[Publish, ...]:
+    """What -p asks for; --uplink is checked on the way."""
+    from .. import uplink
+    from ..publish import Publish
+
+    if args.uplink is not None:
+        uplink.parse(args.uplink)
+    return tuple(Publish.parse(text) for text in args.publish)
+
+
+def parse_health(args: argparse.Namespace) -> HealthCheck:
+    from ..health import HealthCheck
+
+    return HealthCheck.parse(
+        args.health, interval_s=args.health_interval, retries=args.health_retries, start_s=args.health_start
+    )
