@@ -129,6 +129,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def descriptors(text: str) -> tuple[int, int]:
+    lock, console = map(int, text.split(":"))
+    return lock, console
+
+
 def outside(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--uplink", "--network", metavar="nat|none|cni:NAME", help="the way out of a pod that is made (default: nat)"
@@ -193,6 +198,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--health-start", type=seconds, default=30.0, metavar="SECONDS", help="no failure counts before")
     run.add_argument("--after", action="append", default=[], metavar="GUEST", help="wait until it is ready, or healthy")
     run.add_argument("--rm", action="store_true", help="forget the guest and its console when it ends")
+
+    supervise = add("supervise", "take over a guest that runs without a supervisor")
+    supervise.add_argument("guest", metavar="GUEST", help="NAME or POD/NAME")
+    supervise.add_argument("-d", "--detach", action="store_true", help="return when it is taken over, and ready")
+    supervise.add_argument("--handed", type=descriptors, help=argparse.SUPPRESS)  # by the supervisor that we were
+
+    reload = add("reload", "start guests' supervisors anew, from the code now installed; the guests run on")
+    reload.add_argument("guests", nargs="+", metavar="GUEST")
 
     ps = add("ps", "list guests", as_json=True)
     ps.add_argument("-a", "--all", action="store_true", help="those that have ended, too")

@@ -14,8 +14,8 @@ from .timeline import mark
 
 # Module of `commands`, imported when one of its own is to be done.
 HOMES = {
-    "run": ("run",),
-    "guests": ("ps", "logs", "events", "stop", "rm", "inspect"),
+    "run": ("run", "supervise"),
+    "guests": ("ps", "logs", "events", "reload", "stop", "rm", "inspect"),
     "pods": ("pod create", "pod ls", "pod inspect", "pod rm", "pod exec"),
     "observe": ("pod graph", "drops", "flows", "stats", "ports", "pcap", "metrics"),
     "host": ("router load", "router status", "router unload", "gc", "doctor", "build-default", "demo"),

@@ -44,6 +44,12 @@ class Console:
                 self._timed_at = now
             self._size += os.write(self._fd, data)
 
+    def recall(self) -> None:
+        """Have its last bytes at hand again, of what a supervisor before us has written."""
+        with self.path.open("rb") as file:
+            file.seek(max(0, self._size - TAIL_BYTES))
+            self.tail = file.read()
+
     def _rotate(self) -> None:
         self._close()
         for path in (self.path, _times(self.path)):

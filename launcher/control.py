@@ -6,6 +6,7 @@ Imports neither trio nor pyroute2 before there is something to clean up: `uklaun
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import signal
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from . import events, state
 from .errors import UklaunchError, UsageError
+
+RELOAD_TIMEOUT_S = 30.0
 
 
 @contextlib.contextmanager
@@ -49,6 +52,37 @@ def stop(record: state.GuestRecord, timeout_s: float | None = None) -> None:
             return
     kill_vmm(record)
     _bury(record)
+
+
+def reload(record: state.GuestRecord) -> None:
+    """Have the guest's supervisor start anew, from the code that is installed now, and wait until it has.
+
+    Raises UsageError if the guest has none, UklaunchError if it does not come back.
+    """
+    name = f"{record.pod}/{record.name}"
+    with _pidfd(record.supervisor_pid, record.directory / "supervisor.lock") as pidfd, events.watching() as news:
+        if pidfd is None:
+            raise UsageError(f"guest {name} has no supervisor", f"take it over: uklaunch supervise -d {name}")
+        asked_at = time.time()
+        signal.pidfd_send_signal(pidfd, signal.SIGHUP)
+        poller = select.poll()
+        for fd in (pidfd, news):
+            poller.register(fd, select.POLLIN)
+        deadline = time.monotonic() + RELOAD_TIMEOUT_S
+        while time.monotonic() < deadline and poller.poll((deadline - time.monotonic()) * 1000):
+            if _ends_within(pidfd, 0):
+                raise UklaunchError(
+                    f"the supervisor of {name} has ended", f"see: uklaunch ps -a; {record.supervisor_log}"
+                )
+            with contextlib.suppress(BlockingIOError):
+                os.read(news, 1 << 16)
+            if any(
+                event.what == "taken over" and (event.pod, event.guest) == (record.pod, record.name)
+                for event in events.read()
+                if event.time >= asked_at - 0.001
+            ):
+                return
+    raise UklaunchError(f"the supervisor of {name} did not start anew", f"see {record.supervisor_log}")
 
 
 def unsupervised(record: state.GuestRecord) -> bool:
@@ -140,7 +174,11 @@ def collect(*, kill: bool = False) -> Iterator[Collected]:
         if unsupervised(record):
             record = state.read_guest(pod, guest) or record  # what its supervisor wrote last
             if not kill and record.status not in ("starting", "restarting"):
-                yield Collected("guest", name, "runs without a supervisor; left (--kill ends it)")
+                yield Collected(
+                    "guest",
+                    name,
+                    f"runs without a supervisor; left (supervise {name} takes it over, gc --kill ends it)",
+                )
                 continue
             kill_vmm(record)
             yield Collected("guest", name, "ran without a supervisor; ended")

@@ -28,7 +28,10 @@ _IN_MODIFY, _IN_MOVED_TO, _IN_CREATE = 0x2, 0x80, 0x100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """`what`: created, starting, ready, healthy, unhealthy, restarting, stopped, removed. `guest` None: the pod's."""
+    """`what`: created, starting, ready, healthy, unhealthy, restarting, taken over, stopped, removed.
+
+    `guest` None: the pod's.
+    """
 
     time: float  # seconds since the epoch
     what: str

@@ -11,8 +11,11 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ExitCode, UklaunchError, first_error
@@ -21,58 +24,112 @@ from .timeline import mark
 
 if TYPE_CHECKING:
     from .guest import Guest, RunOptions
+    from .notify import ServiceManager
 
 STDIN, STDOUT = 0, 1
 STDIN_PATIENCE_S = 5
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def _options(args: argparse.Namespace, note: Callable[[str], None]) -> RunOptions:
-    from .guest import RunOptions
+def _ourselves() -> list[str]:
+    """The command that this process is, without our arguments. Asked early: the working directory changes."""
+    *words, script = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]
+    return [sys.executable, *words, str(Path(script).absolute()) if Path(script).exists() else script]
 
-    return RunOptions(
-        vmm=args.vmm,
-        accel=Accel(args.accel),
-        netns=args.netns,
-        uplink=args.uplink,
-        publish=args.publish,
-        ready_port=args.ready_port,
-        stop_timeout_s=args.stop_timeout,
-        restart=args.restart,
-        health=args.health,
-        after=tuple(args.after),
-        after_timeout_s=args.ready_timeout,
-        remove_when_done=args.rm,
-        note=note,
+
+_OURSELVES = _ourselves()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A guest to be supervised, and how it begins: none of it imports trio before it is called."""
+
+    pod: str
+    name: str
+    options: Callable[[Callable[[str], None]], RunOptions]  # from what a person is to be told with
+    begin: Callable[[RunOptions], contextlib.AbstractAsyncContextManager[Guest]]
+    ready_timeout_s: float = 60.0
+    wait: bool = True  # detached: until the guest is ready
+
+
+def launch(spec: GuestSpec, args: argparse.Namespace) -> Job:
+    """What `uklaunch run` does."""
+
+    def options(note: Callable[[str], None]) -> RunOptions:
+        from .guest import RunOptions
+
+        return RunOptions(
+            vmm=args.vmm,
+            accel=Accel(args.accel),
+            netns=args.netns,
+            uplink=args.uplink,
+            publish=args.publish,
+            ready_port=args.ready_port,
+            stop_timeout_s=args.stop_timeout,
+            restart=args.restart,
+            health=args.health,
+            after=tuple(args.after),
+            after_timeout_s=args.ready_timeout,
+            remove_when_done=args.rm,
+            note=note,
+        )
+
+    def begin(options: RunOptions) -> contextlib.AbstractAsyncContextManager[Guest]:
+        from .run import run_guest
+
+        return run_guest(spec, options)
+
+    return Job(
+        pod=spec.pod,
+        name=spec.name,
+        options=options,
+        begin=begin,
+        ready_timeout_s=args.ready_timeout,
+        wait=not args.no_wait,
     )
+
+
+def takeover(pod: str, name: str, handed: tuple[int, int] | None = None) -> Job:
+    """What `uklaunch supervise` does. `handed`: descriptors of a supervisor that has become us, see `_start_anew`."""
+
+    def options(note: Callable[[str], None]) -> RunOptions:
+        from . import runfile, state
+
+        return replace(runfile.read(state.guest_dir(pod, name))[1], note=note)
+
+    def begin(options: RunOptions) -> contextlib.AbstractAsyncContextManager[Guest]:
+        from .takeover import Handed, take_over
+
+        return take_over(pod, name, options, None if handed is None else Handed(*handed))
+
+    return Job(pod=pod, name=name, options=options, begin=begin)
 
 
 # --- attached ---
 
 
-def run_attached(spec: GuestSpec, args: argparse.Namespace, note: Callable[[str], None]) -> int:
+def run_attached(job: Job, note: Callable[[str], None]) -> int:
     """Until the guest ends; returns the exit code to end with."""
     import trio
 
-    options = _options(args, note)
+    options = job.options(note)
     with _raw_terminal():
         if "NOTIFY_SOCKET" in os.environ:
-            return trio.run(_as_service, spec, options, args.ready_timeout)
-        return trio.run(_attached, spec, options)
+            return trio.run(_as_service, job, options)
+        return trio.run(_attached, job, options)
 
 
-async def _as_service(spec: GuestSpec, options: RunOptions, ready_timeout_s: float) -> int:
-    from dataclasses import replace
-
+async def _as_service(job: Job, options: RunOptions) -> int:
     from . import notify
 
     if (manager := notify.ServiceManager.take()) is None:
-        return await _attached(spec, options)
+        return await _attached(job, options)
     async with notify.telling(
-        manager, ready_timeout_s=ready_timeout_s, stop_timeout_s=options.stop_timeout_s
+        manager, ready_timeout_s=job.ready_timeout_s, stop_timeout_s=options.stop_timeout_s
     ) as on_change:
-        return await _attached(spec, replace(options, on_change=on_change))
+        return await _attached(job, replace(options, on_change=on_change), manager)
 
 
 @contextlib.contextmanager
@@ -92,9 +149,7 @@ def _raw_terminal() -> Iterator[None]:
         termios.tcsetattr(STDIN, termios.TCSADRAIN, before)
 
 
-async def _attached(spec: GuestSpec, options: RunOptions) -> int:
-    from dataclasses import replace
-
+async def _attached(job: Job, options: RunOptions, manager: ServiceManager | None = None) -> int:
     import trio
 
     async def to_stdout(data: bytes) -> None:
@@ -103,8 +158,7 @@ async def _attached(spec: GuestSpec, options: RunOptions) -> int:
             written = await trio.to_thread.run_sync(os.write, STDOUT, data, abandon_on_cancel=True)
             data = data[written:]
 
-    options = replace(options, on_console=to_stdout)
-    return await _supervise(spec, options, beside=type_stdin)
+    return await _supervise(job, replace(options, on_console=to_stdout), beside=type_stdin, manager=manager)
 
 
 async def type_stdin(guest: Guest) -> None:
@@ -128,20 +182,19 @@ async def type_stdin(guest: Guest) -> None:
 
 
 async def _supervise(
-    spec: GuestSpec,
+    job: Job,
     options: RunOptions,
     *,
     first: Callable[[Guest], Awaitable[None]] | None = None,
     beside: Callable[[Guest], Awaitable[None]] | None = None,
+    manager: ServiceManager | None = None,
 ) -> int:
-    """Run the guest until it ends; SIGINT and SIGTERM stop it in order. Returns the exit code to end with.
+    """Supervise the guest until it ends; SIGINT and SIGTERM stop it in order. Returns the exit code to end with.
 
     `first` is awaited to its end, `beside` runs until the guest ends. A signal that comes while the guest is being
-    launched takes the launch back.
+    launched takes the launch back. SIGHUP: the terminal has gone, which is as SIGTERM; who has none starts anew.
     """
     import trio
-
-    from .run import run_guest
 
     mark("trio")
 
@@ -152,16 +205,21 @@ async def _supervise(
     async def on_signals(signals: AsyncIterator[int], whole: trio.CancelScope) -> None:
         async with trio.open_nursery() as stopping:
             async for number in signals:
+                if number == signal.SIGHUP and not _has_terminal():
+                    if guest is not None:
+                        _start_anew(guest, manager)
+                    continue
                 received.append(number)
                 if guest is None:
                     whole.cancel()
                 else:
                     stopping.start_soon(guest.stop)
 
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see `_start_anew`
         async with trio.open_nursery() as nursery:
             nursery.start_soon(on_signals, signals, nursery.cancel_scope)
-            async with run_guest(spec, options) as guest, trio.open_nursery() as work:
+            async with job.begin(options) as guest, trio.open_nursery() as work:
                 if beside is not None:
                     work.start_soon(beside, guest)
                 if first is not None:
@@ -177,16 +235,52 @@ async def _supervise(
     return code
 
 
+def _has_terminal() -> bool:
+    """Is there a controlling terminal, which can hang up?"""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _start_anew(guest: Guest, manager: ServiceManager | None) -> None:
+    """Become a new supervisor, of the code that is installed now, which takes the guest over; returns if that cannot
+    be. In this same process, so QEMU stays a child of ours, and a service manager's main process remains what it is.
+
+    The lock is never released, no byte of the console is lost, and a signal that comes in between waits.
+    """
+    handed = guest.hand_over()
+    if handed is None:
+        guest.say("asked to start anew, and did not: the guest is not running now")
+        return
+    command = [*_OURSELVES, "supervise", f"{guest.record.pod}/{guest.record.name}"]
+    environ = dict(os.environ)
+    if manager is not None:
+        environ |= manager.environ()
+        manager.tell_now(RELOADING=1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        for fd in handed:
+            os.set_inheritable(fd, True)
+        os.execve(command[0], [*command, "--handed", ":".join(map(str, handed))], environ)
+    except OSError as exc:
+        for fd in handed:
+            os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        guest.say(f"cannot start anew: {command[0]}: {exc.strerror}")
+
+
 # --- detached ---
 
 
-def run_detached(spec: GuestSpec, args: argparse.Namespace, note: Callable[[str], None]) -> int:
+def run_detached(job: Job, note: Callable[[str], None]) -> int:
     """Start a supervisor of its own session; returns when it says that the guest is ready, or why it is not."""
     reader, writer = os.pipe()
     child = os.fork()  # before trio and pyroute2 are imported: the parent needs neither
     if child == 0:
         os.close(reader)
-        os._exit(_detached(spec, args, writer))
+        os._exit(_detached(job, writer))
     os.close(writer)
     with os.fdopen(reader, "rb") as report:
         lines = _read_report(report, child)
@@ -196,7 +290,7 @@ def run_detached(spec: GuestSpec, args: argparse.Namespace, note: Callable[[str]
         elif "error" in line:
             raise _error(line)
         elif "ready" in line:
-            print(f"{spec.pod}/{spec.name}")
+            print(f"{job.pod}/{job.name}")
             return ExitCode.OK
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
@@ -205,7 +299,7 @@ def run_detached(spec: GuestSpec, args: argparse.Namespace, note: Callable[[str]
     if code == -signal.SIGTERM:  # once more, while it was on its way out
         return TERMINATED
     raise UklaunchError(
-        f"the supervisor of {spec.pod}/{spec.name} ended without a word (code {code})", "clean up: uklaunch gc"
+        f"the supervisor of {job.pod}/{job.name} ended without a word (code {code})", "clean up: uklaunch gc"
     )
 
 
@@ -227,7 +321,7 @@ def _error(line: dict[str, str]) -> UklaunchError:
     return error
 
 
-def _detached(spec: GuestSpec, args: argparse.Namespace, writer: int) -> int:
+def _detached(job: Job, writer: int) -> int:
     """The child. Never raises: its parent's report is all that it can say."""
     import traceback
 
@@ -243,17 +337,17 @@ def _detached(spec: GuestSpec, args: argparse.Namespace, writer: int) -> int:
             os.dup2(null, fd)
         import trio
 
-        options = _options(args, lambda text: tell(note=text))
+        options = job.options(lambda text: tell(note=text))
 
         async def report(guest: Guest) -> None:
             nonlocal writer
-            if not args.no_wait:
-                await guest.wait_ready(args.ready_timeout)
+            if job.wait:
+                await guest.wait_ready(job.ready_timeout_s)
             tell(ready=True)
             os.close(writer)  # the parent has heard all it waits for
             writer = -1
 
-        return trio.run(partial(_supervise, spec, options, first=report))
+        return trio.run(partial(_supervise, job, options, first=report))
     except BaseException as exc:
         exc = first_error(exc) or exc
         if isinstance(exc, UklaunchError):

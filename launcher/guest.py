@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ CONSOLE_TIMEOUT_S = 5.0  # for a reader of our output who does not read
 CRASHED = 134  # as a program that called abort(3)
 KILLED = 137  # as a program that got SIGKILL
 AFTER_TIMEOUT_S = 60.0  # for the guests that are to be ready before
+
+StartVmm = Callable[[], contextlib.AbstractAsyncContextManager[Vmm]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,8 @@ class Guest:
     options: RunOptions
     console: Console
     member: pod.Membership
-    start_vmm: Callable[[], contextlib.AbstractAsyncContextManager[Vmm]]
+    lock_fd: int  # the supervisor's own lock
+    start_vmm: StartVmm
     ready: trio.Event = field(default_factory=trio.Event)  # for the first time
     ended: trio.Event = field(default_factory=trio.Event)  # for good
     _restarts: Restarts = field(init=False)
@@ -200,17 +204,30 @@ class Guest:
     def tell(self, what: str, **detail: object) -> None:
         events.note(what, self.record.pod, self.record.name, **detail)
 
+    def hand_over(self) -> tuple[int, int] | None:
+        """What the next supervisor goes on with if this process becomes it by execve(2): the descriptors of the lock
+        and of the console's connection. None if there is nothing to take over now: between two runs, or at the end."""
+        if self._vmm is None or self._stop_asked or self.record.status not in ("running", "ready"):
+            return None
+        return self.lock_fd, self._vmm.console.socket.fileno()
+
     # --- its life ---
 
     async def live(
-        self, connect: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        connect: Callable[[], Awaitable[None]],
+        adopt: StartVmm | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """One run after the other, for as long as the restart policy wants another one. `connect`: to the pod.
+        """One run after the other, for as long as the restart policy wants another one.
+
+        `connect`: to the pod, for the first; `adopt`: the VMM of the first, if it runs already.
 
         From the first run's start on (`task_status`) it is ended by `stop` alone, never by cancellation.
         Raises what keeps the first run from starting; later ones are tried again.
         """
-        prepare, started = connect, False
+        prepare, start, started = connect, adopt or self.start_vmm, False
 
         def begun() -> None:
             nonlocal started
@@ -223,7 +240,7 @@ class Guest:
             with self._life:
                 while True:
                     try:
-                        exit_code, ready_s = await self._run(prepare, begun)
+                        exit_code, ready_s = await self._run(prepare, start, begun)
                     except (UklaunchError, BaseExceptionGroup) as exc:
                         error = exc if isinstance(exc, UklaunchError) else first_error(exc)
                         if not started or error is None:
@@ -238,7 +255,7 @@ class Guest:
                     self.tell("restarting", exit_code=exit_code, reason=self.record.reason, delay_s=delay_s)
                     await trio.to_thread.run_sync(self.member.withdraw)
                     await trio.sleep(delay_s)
-                    prepare = self._rejoin
+                    prepare, start = self._rejoin, self.start_vmm
         finally:
             if started:
                 self.update(status="exited", exited_at=time.time(), health=None)
@@ -248,27 +265,35 @@ class Guest:
     async def _rejoin(self) -> None:
         await trio.to_thread.run_sync(self.member.rejoin)
 
-    async def _run(self, prepare: Callable[[], Awaitable[None]], begun: Callable[[], None]) -> tuple[int, float]:
+    async def _run(
+        self, prepare: Callable[[], Awaitable[None]], start: StartVmm, begun: Callable[[], None]
+    ) -> tuple[int, float]:
         """One run, from the VMM's start to its end: (exit code, seconds that it was ready)."""
         self._up, self._over, self._killed, self._unhealthy = trio.Event(), trio.Event(), False, False
-        self.console.tail = b""  # the last run's exit code is not this one's
         prepared = trio.Event()
 
         async def prepare_meanwhile() -> None:
             await prepare()
             prepared.set()
 
-        self.tell("starting")
+        if start is self.start_vmm:
+            self.tell("starting")
+            self.console.tail = b""  # the last run's exit code is not this one's
         async with trio.open_nursery() as nursery:
             nursery.start_soon(prepare_meanwhile)
-            async with self.start_vmm() as vmm:
+            async with start() as vmm:
                 await prepared.wait()
-                # Not `update`: a guest that is known as "starting" has nothing to lose, as `gc` sees it.
-                self.record = state.update_guest(
-                    self.record, status="running", vmm_pid=vmm.pid, machine=vmm.machine.value
-                )
-                await vmm.resume()
-                mark("resumed")
+                if vmm.adopted:
+                    self.update(supervisor_pid=os.getpid())
+                    self.tell("taken over")
+                    mark("adopted")
+                else:
+                    # Not `update`: a guest that is known as "starting" has nothing to lose, as `gc` sees it.
+                    self.record = state.update_guest(
+                        self.record, status="running", vmm_pid=vmm.pid, machine=vmm.machine.value
+                    )
+                    await vmm.resume()
+                    mark("resumed")
                 self._vmm = vmm
                 begun()
                 try:
@@ -315,11 +340,13 @@ class Guest:
         return exit_code
 
     async def _await_ready(self) -> None:
-        if self.options.ready_port is not None:
+        if self.record.status == "ready":  # it was before we came
+            pass
+        elif self.options.ready_port is not None:
             await probes.accepts(self.netns, str(self.ipv4), self.options.ready_port)
         else:
             await probes.answers(self.netns, {self.ipv4, self.ipv6} if self.boot.ipv6 else {self.ipv4})
-        if not self._stop_asked:
+        if not self._stop_asked and self.record.status != "ready":
             self.update(status="ready", ready_at=time.time())
             self.tell("ready")
         mark("ready")

@@ -43,6 +43,20 @@ class ServiceManager:
             address.replace("@", "\0", 1) if address[0] == "@" else address, int(watchdog_us) / 1e6 if mine else None
         )
 
+    def environ(self) -> dict[str, str]:
+        """For who becomes this process, what `take` took."""
+        environ = {"NOTIFY_SOCKET": self.address.replace("\0", "@", 1)}
+        if self.watchdog_s is not None:
+            environ |= {"WATCHDOG_USEC": str(microseconds(self.watchdog_s)), "WATCHDOG_PID": str(os.getpid())}
+        return environ
+
+    def tell_now(self, **assignments: object) -> None:
+        """As the last thing that this process does; see also `telling`."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                sock.sendto(lines(**assignments), self.address)
+
 
 def lines(**assignments: object) -> bytes:
     """One datagram. A line ends where the value does: what a guest said cannot begin another."""

@@ -403,6 +403,21 @@ class Membership:
                 uplink.forget_guests(record, [guest.name for guest in others])
 
 
+def rejoin(guest: state.GuestRecord, tap_fd: int, ports: tuple[Port, ...], mtu: int) -> Membership:
+    """The place of a guest that runs, for a new supervisor of it. `tap_fd` is borrowed. Nothing changes in the pod.
+
+    Raises UklaunchError if its pod has gone.
+    """
+    record = state.get_pod(guest.pod)
+    member = Membership(record, guest.name, guest.index, guest.tap, tap_fd, mtu, contextlib.ExitStack(), ports=ports)
+    with open_router() as table:  # asked here: the link itself may be gone, for `heal` to make anew
+        mac = member.nic.mac
+        member.ifindex = next((row.ifindex for row in table.guests(record.id) if row.mac == mac), 0)
+    if not member.ifindex:
+        raise UklaunchError(f"the router does not know guest {guest.pod}/{guest.name}", "end it: uklaunch gc --kill")
+    return member
+
+
 def free_index(name: str) -> int:
     taken = {guest.index for guest in running_guests(name)}
     for index in range(GUEST_INDEX_MIN, GUEST_INDEX_MAX + 1):

@@ -13,20 +13,21 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from . import events, pod, state
+from . import events, pod, runfile, state
 from .console import Console
 from .errors import UklaunchError, UsageError
-from .guest import Guest, RunOptions
+from .guest import Guest, RunOptions, StartVmm
 from .guests import FAMILIES
 from .healing import heal
-from .model import Accel, GuestSpec, check_name, format_mac
+from .model import Accel, Boot, GuestSpec, check_name, format_mac
 from .timeline import mark
 from .vmm import VMMS
 from .vmm.accel import KvmStatus, choose
@@ -61,14 +62,18 @@ def _check_limits(memory_mib: int) -> None:
 class _Place:
     member: pod.Membership
     record: state.GuestRecord
+    lock: int
     vmm_lock: int
     console: Console
+
+
+def mtu_of(spec: GuestSpec) -> int:
+    return spec.mtu or FAMILIES[spec.image.family].MTU
 
 
 @contextlib.contextmanager
 def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterator[_Place]:
     """A seat in the pod, a directory, a record and the locks, for one guest."""
-    mtu = spec.mtu or FAMILIES[spec.image.family].MTU
     with pod.joining(
         spec.pod,
         spec.name,
@@ -76,7 +81,7 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
         plan=options.plan,
         outside=options.uplink,
         publish=options.publish,
-        mtu=mtu,
+        mtu=mtu_of(spec),
     ) as member:
         old = state.read_guest(spec.pod, spec.name)
         if old is not None and state.alive(old):
@@ -107,13 +112,13 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
             remove_when_done=options.remove_when_done,
             restart=str(options.restart),
         )
-        with _guest_directory(record) as (vmm_lock, console):
+        with _guest_directory(record) as (lock, vmm_lock, console):
             remove = True
             try:
                 state.write_guest(record)
                 events.note("created", spec.pod, spec.name)
                 mark("record")
-                yield _Place(member, record, vmm_lock, console)
+                yield _Place(member, record, lock, vmm_lock, console)
                 remove = options.remove_when_done
             finally:
                 # A guest that never ran leaves nothing; one that ended keeps its record and its console.
@@ -124,12 +129,12 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
 
 
 @contextlib.contextmanager
-def _guest_directory(record: state.GuestRecord) -> Iterator[tuple[int, Console]]:
+def _guest_directory(record: state.GuestRecord) -> Iterator[tuple[int, int, Console]]:
     """The guest's directory, new, with its locks held and its console open. Entered under the pod's lock."""
     with contextlib.ExitStack() as held:
         try:
             record.directory.mkdir(mode=0o700, parents=True)
-            held.enter_context(state.lock(record.directory / "supervisor.lock"))
+            lock = held.enter_context(state.lock(record.directory / "supervisor.lock"))
             vmm_lock = held.enter_context(state.lock(record.directory / "vmm.lock"))
             console = held.enter_context(Console.open(record.console_log))
             mark("place")
@@ -138,11 +143,11 @@ def _guest_directory(record: state.GuestRecord) -> Iterator[tuple[int, Console]]
             if isinstance(exc, OSError):
                 raise state.state_error(record.directory, exc) from exc
             raise
-        yield vmm_lock, console
+        yield lock, vmm_lock, console
 
 
 @contextlib.asynccontextmanager
-async def _threaded(context: contextlib.AbstractContextManager[T]) -> AsyncIterator[T]:
+async def threaded(context: contextlib.AbstractContextManager[T]) -> AsyncIterator[T]:
     """A blocking context manager, entered and left in worker threads; leaving cannot be cancelled."""
     value = await trio.to_thread.run_sync(context.__enter__)
     try:
@@ -175,7 +180,6 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     _check_limits(spec.memory_mib)
     accel, kvm = choose(options.accel)
     _say_accel(options.accel, accel, kvm, options)
-    start = VMMS[options.vmm]
     # A published port is a declared one.
     ports = tuple(dict.fromkeys((*spec.ports, *(item.guest for item in options.publish))))
     spec = replace(spec, ports=ports)
@@ -184,32 +188,63 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
             raise UsageError(f"guest {spec.pod}/{spec.name} cannot come after itself")
         if options.after:
             await _others_ready(spec.pod, options)
-        place = await stack.enter_async_context(_threaded(_taking_place(spec, options, accel)))
+        place = await stack.enter_async_context(threaded(_taking_place(spec, options, accel)))
         member = place.member
         if not spec.nameservers:
             found = member.resolver
             spec = replace(spec, nameservers=found.nameservers, search=found.search, resolver_options=found.options)
-        boot = FAMILIES[spec.image.family].configure(spec, member.nic)
-        start_vmm = partial(
-            start, boot, tap_fd=member.tap_fd, accel=accel, kvm_group=kvm.group, lock_fd=place.vmm_lock
-        )  # fmt: skip
+        directory = place.record.directory
+        boot, start_vmm = starter(spec, options, member, accel, kvm.group, place.vmm_lock, directory)
 
-        async def connect() -> None:
-            await trio.to_thread.run_sync(member.connect, spec.ports, options.publish)
+        def connect() -> None:
+            runfile.write(directory, spec, options)
+            mark("run-file")
+            member.connect(spec.ports, options.publish)
             mark("joined")
 
-        guest = Guest(place.record, boot, options, place.console, member, start_vmm)
-        async with trio.open_nursery() as nursery:
-            try:
-                await nursery.start(guest.live, connect)
-                nursery.start_soon(heal, member, guest.say)
-                yield guest
-            finally:
-                with trio.CancelScope(shield=True):
-                    if not guest.ended.is_set():
-                        await guest.stop()
-                    await guest.ended.wait()
-                nursery.cancel_scope.cancel()
+        guest = Guest(place.record, boot, options, place.console, member, place.lock, start_vmm)
+        await stack.enter_async_context(living(guest, partial(trio.to_thread.run_sync, connect)))
+        yield guest
+
+
+def starter(
+    spec: GuestSpec,
+    options: RunOptions,
+    member: pod.Membership,
+    accel: Accel,
+    kvm_group: int | None,
+    vmm_lock: int,
+    directory: Path,
+) -> tuple[Boot, StartVmm]:
+    """What boots, and what starts a VMM for it, for each of its runs."""
+    boot = FAMILIES[spec.image.family].configure(spec, member.nic)
+    return boot, partial(
+        VMMS[options.vmm],
+        boot,
+        tap_fd=member.tap_fd,
+        accel=accel,
+        kvm_group=kvm_group,
+        lock_fd=vmm_lock,
+        directory=directory,
+    )
+
+
+@contextlib.asynccontextmanager
+async def living(
+    guest: Guest, connect: Callable[[], Awaitable[None]], adopt: StartVmm | None = None
+) -> AsyncIterator[None]:
+    """With the guest begun (see `Guest.live`) and its pod's devices looked after; stopped in order at the end."""
+    async with trio.open_nursery() as nursery:
+        try:
+            await nursery.start(guest.live, connect, adopt)
+            nursery.start_soon(heal, guest.member, guest.say)
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                if not guest.ended.is_set():
+                    await guest.stop()
+                await guest.ended.wait()
+            nursery.cancel_scope.cancel()
 
 
 async def _others_ready(name: str, options: RunOptions) -> None:

@@ -9,6 +9,9 @@
         supervisor.lock         held by the supervisor for as long as it lives
         vmm.lock                held by the VMM (it inherits the descriptor) for as long as it lives
         console.log
+        run.json            what is run, for the next run under another supervisor: see runfile.py
+        qmp.sock            QEMU listens on these two
+        console.sock
         supervisor.log          what the supervisor had to say once the guest ran
 
 The kernel holds the truth about devices and programs; these files say whose they are. Whether something is alive
@@ -145,11 +148,15 @@ def state_error(path: Path, exc: OSError) -> UklaunchError:
 
 
 def _write(path: Path, record: PodRecord | GuestRecord) -> None:
-    """Replace the file in one step: a reader sees the old or the new record, never half of one."""
+    write_file(path, json.dumps(asdict(record), indent=1) + "\n")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace the file in one step: a reader sees the old or the new one, never half of one. Raises UklaunchError."""
     new = path.with_suffix(".new")
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        new.write_text(json.dumps(asdict(record), indent=1) + "\n")
+        new.write_text(text)
         new.replace(path)
     except OSError as exc:
         with contextlib.suppress(OSError):

@@ -106,6 +106,14 @@ def cmd_events(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def cmd_reload(args: argparse.Namespace) -> int:
+    from .. import control
+
+    for record in [state.find_guest(guest) for guest in args.guests]:
+        control.reload(record)
+    return ExitCode.OK
+
+
 def cmd_stop(args: argparse.Namespace) -> int:
     from .. import control
 

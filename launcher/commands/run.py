@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import state
 from ..arguments import DEFAULT_BUNDLE
-from ..errors import ImageNotFound, UsageError
+from ..errors import ImageNotFound, UsageError, first_error
 from ..model import Family, Port, check_name, parse_memory_mib, parse_mtu
 from ..timeline import mark
 from .needs import require_root
@@ -93,9 +93,24 @@ def cmd_run(args: argparse.Namespace) -> int:
     mark("args")
     from .. import foreground
 
-    if args.detach:
-        return foreground.run_detached(spec, args, note)
-    return foreground.run_attached(spec, args, note)
+    job = foreground.launch(spec, args)
+    return foreground.run_detached(job, note) if args.detach else foreground.run_attached(job, note)
+
+
+def cmd_supervise(args: argparse.Namespace) -> int:
+    record = state.find_guest(args.guest)
+    require_root()
+    from .. import foreground
+
+    job = foreground.takeover(record.pod, record.name, args.handed)
+    try:
+        return foreground.run_detached(job, note) if args.detach else foreground.run_attached(job, note)
+    except (UklaunchError, BaseExceptionGroup) as exc:
+        if args.handed is not None:  # our stderr may lead nowhere
+            error = first_error(exc) or exc
+            with record.supervisor_log.open("a") as log:
+                log.write(f"cannot go on as a new supervisor: {error}\n")
+        raise
 
 
 def parse_publish(args: argparse.Namespace) -> tuple[Publish, ...]:

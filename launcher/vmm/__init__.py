@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .qemu import run_qemu
+from .qemu import adopt_qemu, run_qemu
 
 VMMS = {"qemu": run_qemu}
+ADOPTERS = {"qemu": adopt_qemu}  # of one that runs already

@@ -1,6 +1,6 @@
 """QEMU: from a `Boot` to its argument list, its process and its QMP session.
 
-QEMU gets every descriptor ready-made (TAP, QMP and console socketpairs, image files) and so needs nothing: it runs
+QEMU gets every descriptor ready-made (TAP, QMP and console sockets, image files) and so needs nothing: it runs
 under a uid of its own, without capabilities, under seccomp, in a network namespace with nothing in it. It starts
 paused, so that it can load while the pod is being made.
 
@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
@@ -38,6 +38,7 @@ OOM_SCORE_ADJ = 200  # when memory runs out, guests go before the host's service
 OVERLAY_DIR = Path("/var/tmp")  # on disk, not in memory: a guest may write as much as its disk holds
 STDERR_LINES_KEPT = 20
 QMP_TIMEOUT_S = 30
+QMP_SOCKET, CONSOLE_SOCKET = "qmp.sock", "console.sock"
 
 MACHINES = {
     Machine.MICROVM: "microvm,acpi=on,pcie=off,rtc=on,pit=on,pic=on,isa-serial=on,usb=off,graphics=off",
@@ -95,9 +96,10 @@ def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]
         "-no-reboot",  # a guest that resets ends; starting it again is the supervisor's decision
         "-S",  # paused, until the pod is made
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-chardev", f"socket,id=qmp,fd={fds.qmp}"),
+        # Both listen: a supervisor that comes after one that died finds its way in. Ours is connected already.
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
-        *("-chardev", f"socket,id=console,fd={fds.console}"),
+        *("-chardev", f"socket,id=console,fd={fds.console},server=on,wait=on"),
         *("-serial", "chardev:console"),
         *("-netdev", f"tap,id=net0,fd={fds.tap}"),
         *(
@@ -234,19 +236,60 @@ def open_fds(opened: _Opened, boot: Boot, tap: int, qmp: int, console: int) -> F
 # --- the process ---
 
 
+class Process(Protocol):
+    """What is asked of a process: of `trio.Process`, and of one that was started by another."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    async def wait(self) -> int: ...
+    def kill(self) -> None: ...
+
+
+class AdoptedProcess:
+    """A process that a supervisor before us has started. `pidfd` is borrowed."""
+
+    UNKNOWN = 255  # the exit code of what is not our child: init's to know. QEMU's own are 0 and 1
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._pidfd = pidfd
+
+    async def wait(self) -> int:
+        await trio.lowlevel.wait_readable(self._pidfd)
+        if self.returncode is None:
+            try:
+                ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222
+            except ChildProcessError:
+                ended = None
+            if ended is None:
+                self.returncode = self.UNKNOWN
+            else:
+                self.returncode = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return self.returncode
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+
 @dataclass
 class Vmm:
     """A running QEMU. `console` is a byte stream, both ways."""
 
-    process: trio.Process
+    process: Process
     machine: Machine
     console: trio.SocketStream
-    command: list[str]
+    command: list[str] = field(default_factory=list)
+    adopted: bool = False  # its guest runs already
     stderr: list[str] = field(default_factory=list)
     stderr_ended: trio.Event = field(default_factory=trio.Event)
     _loop: Any = None  # trio-asyncio's event loop: named, so that any task can give commands
     _client: QMPClient | None = None
     _events: EventListener | None = None
+    _reason: str | None = None
 
     @property
     def pid(self) -> int:
@@ -254,7 +297,10 @@ class Vmm:
 
     async def wait(self) -> int:
         """QEMU's exit code; negative: the signal that ended it."""
-        return await self.process.wait()
+        code = await self.process.wait()
+        if code == AdoptedProcess.UNKNOWN and self.adopted:
+            return 0 if await self.shutdown_reason() else code  # one that ends in order says so before
+        return code
 
     async def resume(self) -> None:
         """Let the guest run. Raises UklaunchError if QEMU has died."""
@@ -273,10 +319,15 @@ class Vmm:
     def kill(self) -> None:
         self.process.kill()
 
-    async def _execute(self, command: str) -> None:
+    async def status(self) -> str:
+        """QEMU's run state, such as `prelaunch` or `running` (qapi/run-state.json)."""
+        answer: dict[str, Any] = await self._execute("query-status")
+        return str(answer.get("status"))
+
+    async def _execute(self, command: str) -> Any:
         assert self._client is not None
         async with self._explained(f"QEMU did not do {command!r}"):
-            await self._loop.run_aio_coroutine(self._client.execute(command))
+            return await self._loop.run_aio_coroutine(self._client.execute(command))
 
     async def connect(self, sock: socket.socket) -> None:
         """Wait until QEMU has set itself up. Raises UklaunchError if it cannot."""
@@ -285,10 +336,10 @@ class Vmm:
         self._client = QMPClient("guest")
         self._events = EventListener(("SHUTDOWN", "GUEST_PANICKED"))
         self._client.register_listener(self._events)
-        async with self._explained("QEMU did not start"):
+        async with self._explained("QEMU did not start" if not self.adopted else "QEMU does not answer"):
             await self._loop.run_aio_coroutine(self._client.connect(sock))
         # The greeting can come before QEMU gives up on, say, a bad CPU model.
-        await self._execute("query-status")
+        await self.status()
 
     @contextlib.asynccontextmanager
     async def _explained(self, what: str) -> AsyncIterator[None]:
@@ -314,6 +365,11 @@ class Vmm:
 
     async def shutdown_reason(self) -> str:
         """Why QEMU ended, in QMP's words (`guest-shutdown`, `guest-reset`, ...), once it has; "" if it did not say."""
+        if self._reason is None:
+            self._reason = await self._hear_reason()
+        return self._reason
+
+    async def _hear_reason(self) -> str:
         from qemu.qmp import Runstate
 
         client = self._client
@@ -336,10 +392,15 @@ class Vmm:
 
     def failure(self, what: str) -> UklaunchError:
         code = self.process.returncode
-        state = "" if code is None else f", exit code {code}" if code >= 0 else f", {_signal(-code)}"
+        known = code is not None and not (self.adopted and code == AdoptedProcess.UNKNOWN)
+        state = f", {_end(code)}" if code is not None and known else ""
         why = f": {self.stderr[-1]}" if self.stderr else ""
-        detail = "\n".join([*self.stderr, "command: " + " ".join(self.command)])
+        detail = "\n".join([*self.stderr, *(["command: " + " ".join(self.command)] if self.command else [])])
         return UklaunchError(f"{what}{state}{why}", "-v shows the command and all it said", detail)
+
+
+def _end(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else _signal(-code)
 
 
 def _signal(number: int) -> str:
@@ -387,10 +448,12 @@ def pick_machine(boot: Boot, accel: Accel) -> Machine:
 
 
 @contextlib.asynccontextmanager
-async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | None, lock_fd: int) -> AsyncIterator[Vmm]:
+async def run_qemu(
+    boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | None, lock_fd: int, directory: Path
+) -> AsyncIterator[Vmm]:
     """A paused QEMU for the length of a block; killed at its end if it still runs.
 
-    `lock_fd` is inherited: its lock is held while QEMU lives. The
+    `lock_fd` is inherited: its lock is held while QEMU lives. `directory` is for its sockets, and private. The
     caller watches `wait()`. Raises UklaunchError if QEMU cannot start.
     """
     binary = shutil.which(BINARY)
@@ -398,10 +461,13 @@ async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | No
         raise _missing(BINARY, "qemu-system-x86")
     machine = pick_machine(boot, accel)
     async with contextlib.AsyncExitStack() as stack:
-        qmp_ours, qmp_theirs = (stack.enter_context(end) for end in socket.socketpair())
-        console_ours, console_theirs = (stack.enter_context(end) for end in socket.socketpair())
-        with _Opened() as opened:
-            fds = open_fds(opened, boot, tap_fd, qmp_theirs.fileno(), console_theirs.fileno())
+        with contextlib.ExitStack() as theirs, _Opened() as opened:
+            qmp, console = (theirs.enter_context(_listening(directory, name)) for name in (QMP_SOCKET, CONSOLE_SOCKET))
+            # It will find us waiting.
+            qmp_ours, console_ours = (
+                stack.enter_context(_dial(directory, name)) for name in (QMP_SOCKET, CONSOLE_SOCKET)
+            )
+            fds = open_fds(opened, boot, tap_fd, qmp.fileno(), console.fileno())
             command = [binary, *arguments(boot, machine, accel, fds)]
             groups = () if kvm_group is None else (kvm_group,)
             process = await trio.lowlevel.open_process(
@@ -414,21 +480,54 @@ async def run_qemu(boot: Boot, *, tap_fd: int, accel: Accel, kvm_group: int | No
                 env={"PATH": os.environ.get("PATH", os.defpath)},
                 start_new_session=True,  # a Ctrl-C on our terminal is for us alone
             )
-        console = trio.SocketStream(trio.socket.from_stdlib_socket(console_ours))
-        vmm = Vmm(process, machine, console, command)
+        vmm = Vmm(process, machine, _stream(console_ours), command)
         stack.push_async_callback(_reap, vmm)
         mark("vmm-exec")
-        qmp_theirs.close()
-        console_theirs.close()
+        async with _attended(vmm, process.stderr, qmp_ours):
+            mark("qmp")
+            yield vmm
+
+
+@contextlib.asynccontextmanager
+async def adopt_qemu(
+    *, pid: int, pidfd: int, directory: Path, machine: Machine, console_fd: int | None = None
+) -> AsyncIterator[Vmm]:
+    """A QEMU that a supervisor before us has started, for the length of a block; killed at its end if it still runs.
+
+    `console_fd`: a connection to its console, if one is there already; it is closed at the end. Raises UklaunchError,
+    and leaves QEMU as it is, if it does not answer or its guest was never let run.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        qmp = stack.enter_context(_dial(directory, QMP_SOCKET))
+        console = stack.enter_context(
+            _dial(directory, CONSOLE_SOCKET) if console_fd is None else socket.socket(fileno=console_fd)
+        )
+        vmm = Vmm(AdoptedProcess(pid, pidfd), machine, _stream(console), adopted=True)
+        try:  # its pipe can be opened anew for as long as it has the other end
+            stderr = trio.lowlevel.FdStream(os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as exc:
+            raise UklaunchError(f"QEMU (pid {pid}) has just ended: {exc.strerror}") from None
+        async with _attended(vmm, await stack.enter_async_context(stderr), qmp):
+            if (status := await vmm.status()) in ("prelaunch", "inmigrate"):
+                raise UklaunchError(f"QEMU (pid {pid}) was never let run: it is in state {status!r}")
+            async with contextlib.AsyncExitStack() as ending:
+                ending.push_async_callback(_reap, vmm)
+                yield vmm
+
+
+@contextlib.asynccontextmanager
+async def _attended(vmm: Vmm, stderr: trio.abc.ReceiveStream | None, qmp: socket.socket) -> AsyncIterator[None]:
+    """With what it says collected, and its QMP session begun."""
+    assert stderr is not None
+    async with contextlib.AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
-        nursery.start_soon(_collect_stderr, vmm)
+        nursery.start_soon(_collect_stderr, vmm, stderr)
         from trio_asyncio import open_loop  # while QEMU loads
 
         vmm._loop = await stack.enter_async_context(open_loop())
         stack.push_async_callback(vmm.disconnect)
-        await vmm.connect(qmp_ours)
-        mark("qmp")
-        yield vmm
+        await vmm.connect(qmp)
+        yield
         nursery.cancel_scope.cancel()
 
 
@@ -439,12 +538,52 @@ async def _reap(vmm: Vmm) -> None:
         await vmm.process.wait()
 
 
-async def _collect_stderr(vmm: Vmm) -> None:
-    assert vmm.process.stderr is not None
+async def _collect_stderr(vmm: Vmm, stderr: trio.abc.ReceiveStream) -> None:
     rest = b""
-    async for chunk in vmm.process.stderr:
+    async for chunk in stderr:
         *lines, rest = (rest + chunk).split(b"\n")
         vmm.stderr += [line.decode(errors="replace") for line in lines if line.strip()]
         del vmm.stderr[:-STDERR_LINES_KEPT]
         rest = rest[-4096:]
     vmm.stderr_ended.set()
+
+
+# --- its sockets ---
+
+
+@contextlib.contextmanager
+def _short(directory: Path, name: str) -> Iterator[str]:
+    """A path of the file that a socket's address has room for: 107 bytes (unix(7))."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def _listening(directory: Path, name: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        (directory / name).unlink(missing_ok=True)  # the last run's
+        with _short(directory, name) as path:
+            sock.bind(path)
+        sock.listen(1)
+    except OSError as exc:
+        sock.close()
+        raise UklaunchError(f"cannot make {directory / name}: {exc.strerror}") from exc
+    return sock
+
+
+def _dial(directory: Path, name: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with _short(directory, name) as path:
+            sock.connect(path)
+    except OSError as exc:
+        sock.close()
+        raise UklaunchError(f"cannot reach QEMU at {directory / name}: {exc.strerror}") from exc
+    return sock
+
+
+def _stream(sock: socket.socket) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
