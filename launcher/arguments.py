@@ -196,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--health-interval", type=interval, default=10.0, metavar="SECONDS", help="(default: 10)")
     run.add_argument("--health-retries", type=positive, default=3, metavar="N", help="failures in a row (default: 3)")
     run.add_argument("--health-start", type=seconds, default=30.0, metavar="SECONDS", help="no failure counts before")
+    run.add_argument("--take-over", action="store_true", help="if it runs without a supervisor, go on with that one")
     run.add_argument("--after", action="append", default=[], metavar="GUEST", help="wait until it is ready, or healthy")
     run.add_argument("--rm", action="store_true", help="forget the guest and its console when it ends")
 

@@ -18,6 +18,7 @@ from . import events, state
 from .errors import UklaunchError, UsageError
 
 RELOAD_TIMEOUT_S = 30.0
+_NOT_LET_RUN = ("starting", "restarting")
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def stop(record: state.GuestRecord, timeout_s: float | None = None) -> None:
     """Ask the guest's supervisor to stop it, and wait until both are gone.
 
     After `timeout_s` (None: what it was started with) the guest gets no more time to power down. A guest that does
-    not run is no error. Raises UklaunchError if its supervisor does not obey.
+    not run is no error, and one without a supervisor gets one for that. Raises UklaunchError if it does not obey.
     """
     with _pidfd(record.supervisor_pid, record.directory / "supervisor.lock") as pidfd:
         if pidfd is not None:
@@ -50,6 +51,11 @@ def stop(record: state.GuestRecord, timeout_s: float | None = None) -> None:
                     f"kill -9 {record.supervisor_pid}, then: uklaunch gc --kill",
                 )
             return
+    if unsupervised(record):
+        from . import foreground
+
+        with contextlib.suppress(UklaunchError):  # it cannot be taken over: then it is killed
+            foreground.stop_left_behind(record, timeout_s)
     kill_vmm(record)
     _bury(record)
 
@@ -88,6 +94,18 @@ def reload(record: state.GuestRecord) -> None:
 def unsupervised(record: state.GuestRecord) -> bool:
     """Does the VMM run on without its supervisor? In this order: a supervisor's lock is taken before its VMM's."""
     return state.vmm_runs(record) and not state.supervised(record)
+
+
+def left_behind(pod: str, name: str) -> bool:
+    """Is there such a guest, running without a supervisor, to be taken over? One that was never let run is ended."""
+    record = state.read_guest(pod, name)
+    if record is None or not unsupervised(record):
+        return False
+    record = state.read_guest(pod, name) or record  # what its supervisor wrote last
+    if record.status not in _NOT_LET_RUN:
+        return True
+    kill_vmm(record)
+    return False
 
 
 def kill_vmm(record: state.GuestRecord) -> None:
@@ -173,7 +191,7 @@ def collect(*, kill: bool = False) -> Iterator[Collected]:
             continue
         if unsupervised(record):
             record = state.read_guest(pod, guest) or record  # what its supervisor wrote last
-            if not kill and record.status not in ("starting", "restarting"):
+            if not kill and record.status not in _NOT_LET_RUN:
                 yield Collected(
                     "guest",
                     name,

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from .timeline import mark
 if TYPE_CHECKING:
     from .guest import Guest, RunOptions
     from .notify import ServiceManager
+    from .state import GuestRecord
 
 STDIN, STDOUT = 0, 1
 STDIN_PATIENCE_S = 5
@@ -36,7 +38,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def _ourselves() -> list[str]:
     """The command that this process is, without our arguments. Asked early: the working directory changes."""
     *words, script = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]
-    return [sys.executable, *words, str(Path(script).absolute()) if Path(script).exists() else script]
+    return [sys.executable, *words, str(Path(script).absolute()) if Path(script).is_file() else script]
 
 
 _OURSELVES = _ourselves()
@@ -52,6 +54,7 @@ class Job:
     begin: Callable[[RunOptions], contextlib.AbstractAsyncContextManager[Guest]]
     ready_timeout_s: float = 60.0
     wait: bool = True  # detached: until the guest is ready
+    runs_already: bool = False
 
 
 def launch(spec: GuestSpec, args: argparse.Namespace) -> Job:
@@ -102,9 +105,25 @@ def takeover(pod: str, name: str, handed: tuple[int, int] | None = None) -> Job:
     def begin(options: RunOptions) -> contextlib.AbstractAsyncContextManager[Guest]:
         from .takeover import Handed, take_over
 
-        return take_over(pod, name, options, None if handed is None else Handed(*handed))
+        return take_over(pod, name, options, handed=None if handed is None else Handed(*handed))
 
-    return Job(pod=pod, name=name, options=options, begin=begin)
+    return Job(pod=pod, name=name, options=options, begin=begin, runs_already=True)
+
+
+def stop_left_behind(record: GuestRecord, timeout_s: float | None) -> None:
+    """Stop, in order, a guest that runs without a supervisor. Raises UklaunchError if it cannot be taken over."""
+    import trio
+
+    from .takeover import take_over
+
+    async def stop() -> None:
+        async with take_over(record.pod, record.name, stop_timeout_s=timeout_s):
+            pass  # whose end is to stop it
+
+    try:
+        trio.run(stop)
+    except BaseExceptionGroup as exc:
+        raise (first_error(exc) or exc) from exc
 
 
 # --- attached ---
@@ -192,7 +211,8 @@ async def _supervise(
     """Supervise the guest until it ends; SIGINT and SIGTERM stop it in order. Returns the exit code to end with.
 
     `first` is awaited to its end, `beside` runs until the guest ends. A signal that comes while the guest is being
-    launched takes the launch back. SIGHUP: the terminal has gone, which is as SIGTERM; who has none starts anew.
+    launched takes the launch back; while it is being taken over, it stops it afterwards. SIGHUP: the terminal has gone,
+    which is as SIGTERM; a supervisor that has none starts anew.
     """
     import trio
 
@@ -207,19 +227,21 @@ async def _supervise(
             async for number in signals:
                 if number == signal.SIGHUP and not _has_terminal():
                     if guest is not None:
-                        _start_anew(guest, manager)
+                        await _start_anew(guest, manager, signals)
                     continue
                 received.append(number)
-                if guest is None:
-                    whole.cancel()
-                else:
+                if guest is not None:
                     stopping.start_soon(guest.stop)
+                elif not job.runs_already or len(received) > 1:
+                    whole.cancel()
 
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see `_start_anew`
         async with trio.open_nursery() as nursery:
             nursery.start_soon(on_signals, signals, nursery.cancel_scope)
             async with job.begin(options) as guest, trio.open_nursery() as work:
+                if received:
+                    work.start_soon(guest.stop)
                 if beside is not None:
                     work.start_soon(beside, guest)
                 if first is not None:
@@ -244,14 +266,21 @@ def _has_terminal() -> bool:
     return True
 
 
-def _start_anew(guest: Guest, manager: ServiceManager | None) -> None:
+async def _start_anew(guest: Guest, manager: ServiceManager | None, signals: AsyncIterator[int]) -> None:
     """Become a new supervisor, of the code that is installed now, which takes the guest over; returns if that cannot
     be. In this same process, so QEMU stays a child of ours, and a service manager's main process remains what it is.
 
     The lock is never released, no byte of the console is lost, and a signal that comes in between waits.
     """
+    import trio
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    with trio.move_on_after(0.05):  # those that have come already are to come again, to this thread, after execve
+        async for number in signals:
+            signal.pthread_kill(threading.get_ident(), number)
     handed = guest.hand_over()
     if handed is None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         guest.say("asked to start anew, and did not: the guest is not running now")
         return
     command = [*_OURSELVES, "supervise", f"{guest.record.pod}/{guest.record.name}"]
@@ -259,7 +288,6 @@ def _start_anew(guest: Guest, manager: ServiceManager | None) -> None:
     if manager is not None:
         environ |= manager.environ()
         manager.tell_now(RELOADING=1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         for fd in handed:
             os.set_inheritable(fd, True)

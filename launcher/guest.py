@@ -294,7 +294,7 @@ class Guest:
                     )
                     await vmm.resume()
                     mark("resumed")
-                self._vmm = vmm
+                self._vmm, vmm.ours = vmm, True
                 begun()
                 try:
                     async with trio.open_nursery() as tasks:

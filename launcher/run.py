@@ -87,7 +87,9 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
         if old is not None and state.alive(old):
             raise UsageError(
                 f"guest {spec.pod}/{spec.name} is running",
-                f"stop it first: uklaunch stop {spec.pod}/{spec.name}; or pick another --name",
+                f"stop it first: uklaunch stop {spec.pod}/{spec.name}; or pick another --name"
+                if state.supervised(old)
+                else f"it has no supervisor; take it over: uklaunch supervise {spec.pod}/{spec.name}",
             )
         state.forget_guest(spec.pod, spec.name)
         nic = member.nic

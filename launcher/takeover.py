@@ -24,6 +24,7 @@ from .errors import UklaunchError, UsageError
 from .guest import Guest, RunOptions
 from .model import Accel, GuestSpec, Machine
 from .run import living, mtu_of, starter, threaded
+from .timeline import mark
 from .vmm import ADOPTERS
 from .vmm.accel import kvm_status
 
@@ -69,6 +70,7 @@ def _retaking_place(pod_name: str, name: str, handed: Handed | None) -> Iterator
                 raise UsageError(f"guest {pod_name}/{name} does not run", "clean up after it: uklaunch gc")
             spec, options = runfile.read(record.directory)
             vmm_lock, tap = (_shared(record.vmm_pid, vmm, path, stack) for path in (vmm_lock_file, TUN))
+            mark("found")
             members.append(member := pod.rejoin(record, tap, spec.ports, mtu_of(spec)))
         console = stack.enter_context(Console.open(record.console_log))
         if record.restarts == 0:  # else what it says of an exit code may be the last run's
@@ -126,12 +128,18 @@ def _give_back(record: state.GuestRecord, members: list[pod.Membership]) -> None
 
 @contextlib.asynccontextmanager
 async def take_over(
-    pod_name: str, name: str, options: RunOptions | None = None, handed: Handed | None = None
+    pod_name: str,
+    name: str,
+    options: RunOptions | None = None,
+    *,
+    stop_timeout_s: float | None = None,
+    handed: Handed | None = None,
 ) -> AsyncIterator[Guest]:
     """A guest that runs without a supervisor, for the length of a block, as from `run_guest`: leaving it stops it.
 
-    Of `options`, only the callables count: all else is as it was. Raises UsageError if the guest has a supervisor, or
-    does not run; UklaunchError if it cannot be taken over: then it runs on as it did.
+    Of `options`, only the callables count: all else is as it was, but for `stop_timeout_s`.
+    Raises UsageError if the guest has a supervisor, or does not run; UklaunchError if it cannot be taken over: then
+    it runs on as it did.
     """
     listener = options or RunOptions()
     async with contextlib.AsyncExitStack() as stack:
@@ -140,6 +148,8 @@ async def take_over(
         options = replace(
             place.options, note=listener.note, on_change=listener.on_change, on_console=listener.on_console
         )
+        if stop_timeout_s is not None:
+            options = replace(options, stop_timeout_s=stop_timeout_s)
         accel = Accel(record.accel)
         boot, start_vmm = starter(
             place.spec, options, place.member, accel, kvm_status().group, place.vmm_lock, record.directory

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import state
+from .. import control, foreground, state
 from ..arguments import DEFAULT_BUNDLE
-from ..errors import ImageNotFound, UsageError, first_error
+from ..errors import ImageNotFound, UklaunchError, UsageError, first_error
 from ..model import Family, Port, check_name, parse_memory_mib, parse_mtu
 from ..timeline import mark
 from .needs import require_root
@@ -77,8 +77,12 @@ def cmd_run(args: argparse.Namespace) -> int:
     args.health = parse_health(args) if args.health else None
     args.after = [check_name("guest", other) for other in args.after]
     image = identify(path, Family(args.family) if args.family else None)
+    if args.take_over and not args.name:
+        raise UsageError("--take-over: of which guest?", "name it: --name")
     name = check_name("guest", args.name) if args.name else default_name(path, args.pod)
     require_root()
+    if args.take_over and control.left_behind(args.pod, name):
+        return supervise(foreground.takeover(args.pod, name), detach=args.detach)
     spec = GuestSpec(
         name=name,
         pod=args.pod,
@@ -91,20 +95,18 @@ def cmd_run(args: argparse.Namespace) -> int:
         mtu=mtu,
     )
     mark("args")
-    from .. import foreground
+    return supervise(foreground.launch(spec, args), detach=args.detach)
 
-    job = foreground.launch(spec, args)
-    return foreground.run_detached(job, note) if args.detach else foreground.run_attached(job, note)
+
+def supervise(job: foreground.Job, *, detach: bool) -> int:
+    return foreground.run_detached(job, note) if detach else foreground.run_attached(job, note)
 
 
 def cmd_supervise(args: argparse.Namespace) -> int:
     record = state.find_guest(args.guest)
     require_root()
-    from .. import foreground
-
-    job = foreground.takeover(record.pod, record.name, args.handed)
     try:
-        return foreground.run_detached(job, note) if args.detach else foreground.run_attached(job, note)
+        return supervise(foreground.takeover(record.pod, record.name, args.handed), detach=args.detach)
     except (UklaunchError, BaseExceptionGroup) as exc:
         if args.handed is not None:  # our stderr may lead nowhere
             error = first_error(exc) or exc

@@ -284,6 +284,7 @@ class Vmm:
     console: trio.SocketStream
     command: list[str] = field(default_factory=list)
     adopted: bool = False  # its guest runs already
+    ours: bool = True  # to end, when the block ends
     stderr: list[str] = field(default_factory=list)
     stderr_ended: trio.Event = field(default_factory=trio.Event)
     _loop: Any = None  # trio-asyncio's event loop: named, so that any task can give commands
@@ -492,7 +493,9 @@ async def run_qemu(
 async def adopt_qemu(
     *, pid: int, pidfd: int, directory: Path, machine: Machine, console_fd: int | None = None
 ) -> AsyncIterator[Vmm]:
-    """A QEMU that a supervisor before us has started, for the length of a block; killed at its end if it still runs.
+    """A QEMU that a supervisor before us has started, for the length of a block.
+
+    It is left running at the end, until the caller says that it is `ours`.
 
     `console_fd`: a connection to its console, if one is there already; it is closed at the end. Raises UklaunchError,
     and leaves QEMU as it is, if it does not answer or its guest was never let run.
@@ -502,7 +505,7 @@ async def adopt_qemu(
         console = stack.enter_context(
             _dial(directory, CONSOLE_SOCKET) if console_fd is None else socket.socket(fileno=console_fd)
         )
-        vmm = Vmm(AdoptedProcess(pid, pidfd), machine, _stream(console), adopted=True)
+        vmm = Vmm(AdoptedProcess(pid, pidfd), machine, _stream(console), adopted=True, ours=False)
         try:  # its pipe can be opened anew for as long as it has the other end
             stderr = trio.lowlevel.FdStream(os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as exc:
@@ -510,9 +513,11 @@ async def adopt_qemu(
         async with _attended(vmm, await stack.enter_async_context(stderr), qmp):
             if (status := await vmm.status()) in ("prelaunch", "inmigrate"):
                 raise UklaunchError(f"QEMU (pid {pid}) was never let run: it is in state {status!r}")
-            async with contextlib.AsyncExitStack() as ending:
-                ending.push_async_callback(_reap, vmm)
+            try:
                 yield vmm
+            finally:
+                if vmm.ours:
+                    await _reap(vmm)
 
 
 @contextlib.asynccontextmanager

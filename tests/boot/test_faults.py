@@ -48,7 +48,7 @@ MAKING = (
     "uplink-row",
     "pod-made",
 )
-JOINING = ("tap", "place", "record", "vmm-exec", "qmp", "guest-row", "attached", "joined", "resumed")
+JOINING = ("tap", "place", "record", "run-file", "vmm-exec", "qmp", "guest-row", "attached", "joined", "resumed")
 STOPPING = ("stop", "vmm-gone", "leave", "guest-row-gone")
 REMOVING = ("remove", "uplink-gone", "namespace-gone", "pod-row-gone", "pod-forgotten")
 STOP = "resumed:SIGTERM,"  # it runs, and is stopped at once
