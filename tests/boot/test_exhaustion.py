@@ -117,7 +117,7 @@ def test_pods_come_and_go_at_an_even_pace_and_leave_nothing() -> None:
         assert result["left"] == []
         assert result["create"]["ratio"] < 3
         assert result["delete"]["ratio"] < 3
-    assert again["held"]["descriptors"] == 0
+    assert again["held"]["descriptors"] <= 0  # fewer: a thread that has ended since
     assert beside["rows"] >= 20
 
 
