@@ -112,12 +112,14 @@ def kill_vmm(record: state.GuestRecord) -> None:
     """End a VMM that nobody supervises, also one whose pid nobody had the time to put down."""
     with state.pod_lock(record.pod):  # or the next supervisor of that name holds the VMM's lock too
         if unsupervised(record):
-            with state.holders(record.directory / "vmm.lock") as pidfds:
+            lock = record.directory / "vmm.lock"
+            with state.holders(lock) as pidfds:
                 for pidfd in pidfds:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 for pidfd in pidfds:
                     _ends_within(pidfd, 10)
+            state.released_within(lock, 10)
 
 
 def remove(record: state.GuestRecord, *, force: bool = False) -> None:

@@ -273,12 +273,12 @@ def alive(record: GuestRecord) -> bool:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[int]:
+def lock(path: Path, access: int = os.O_RDWR) -> Iterator[int]:
     """Hold an exclusive lock on the file; blocks while another process does. Yields the descriptor, close-on-exec."""
     while True:
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, access | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
             raise state_error(path, exc) from exc
         try:
@@ -335,6 +335,21 @@ def holder(pid: int, path: Path, stack: contextlib.ExitStack) -> int | None:
                     return handle
     os.close(handle)
     return None
+
+
+def released_within(path: Path, timeout_s: float) -> bool:
+    """Wait until nobody holds the lock: of a process that is ending, `holders` may show nothing while a thread of it
+    still has the file open."""
+    import threading
+
+    def wait() -> None:
+        with contextlib.suppress(FileNotFoundError), path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(timeout_s)
+    return not waiting.is_alive()
 
 
 def is_held(path: Path) -> bool:

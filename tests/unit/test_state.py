@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,16 @@ def test_a_lock_whose_file_was_removed_while_waiting_is_taken_anew(tmp_path: Pat
         path.unlink()
         with state.lock(path):  # not a deadlock: it is another file
             assert state.is_held(path)
+
+
+def test_a_lock_is_awaited_until_its_holder_has_gone(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert state.released_within(path, 1)  # there is none
+    with subprocess.Popen(["flock", path, "cat"], stdin=subprocess.PIPE) as holder:
+        while not state.is_held(path):
+            assert holder.poll() is None
+        assert not state.released_within(path, 0.1)
+        assert holder.stdin is not None
+        holder.stdin.close()
+        assert state.released_within(path, 10)
+    assert not state.is_held(path)
