@@ -26,7 +26,6 @@ import os
 import socket
 import struct
 import subprocess
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_address
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import UklaunchError
 from .model import AddressPlan, format_mac
 from .state import NETNS_DIR, TAG
+from .threads import in_a_new_thread
 from .timeline import mark
 
 if TYPE_CHECKING:
@@ -118,22 +118,12 @@ def enter_netns(netns: Path) -> None:
 
 def in_netns(netns: Path, function: Callable[[], T]) -> T:
     """Run the function in a thread of its own inside the namespace; what it opens there can be used anywhere."""
-    result: list[T] = []
-    failure: list[BaseException] = []
 
-    def body() -> None:
-        try:
-            enter_netns(netns)
-            result.append(function())
-        except BaseException as exc:
-            failure.append(exc)
+    def body() -> T:
+        enter_netns(netns)
+        return function()
 
-    thread = threading.Thread(target=body, name="netns")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
+    return in_a_new_thread(body, "netns")
 
 
 def check_netns(netns: Path) -> None:

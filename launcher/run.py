@@ -137,7 +137,8 @@ def _guest_directory(record: state.GuestRecord) -> Iterator[tuple[int, int, Cons
         try:
             record.directory.mkdir(mode=0o700, parents=True)
             lock = held.enter_context(state.lock(record.directory / "supervisor.lock"))
-            vmm_lock = held.enter_context(state.lock(record.directory / "vmm.lock"))
+            # Not to write: a VMM that has been taken over would fill /run.
+            vmm_lock = held.enter_context(state.lock(record.directory / "vmm.lock", os.O_RDONLY))
             console = held.enter_context(Console.open(record.console_log))
             mark("place")
         except BaseException as exc:

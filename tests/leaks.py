@@ -5,6 +5,7 @@ The router itself stays: it is loaded once per host and pinned, on purpose. Its 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -44,17 +45,16 @@ def _files() -> Iterator[str]:
 
 
 def _processes() -> Iterator[str]:
-    """QEMUs of ours, that is, of our mount namespace: a container beside us may run this suite too."""
-    mounts = Path("/proc/self/ns/mnt").readlink()
+    """QEMUs of ours, that is, with a lock in our /run: a container beside us may run this suite too."""
+    run = Path("/run").stat().st_dev
     for path in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # gone, or its owner may do more than we
             words = (path / "cmdline").read_bytes().split(b"\0")
-            if (path / "ns/mnt").readlink() != mounts:
+            if not words[0].endswith(b"qemu-system-x86_64") or b"id=qmp," not in b" ".join(words):
                 continue
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or its owner may do more than we
-            continue
-        if words[0].endswith(b"qemu-system-x86_64") and b"id=qmp," in b" ".join(words):
-            yield f"process {path.name}: {words[0].decode()}"
+            locks = [fd for fd in (path / "fd").iterdir() if "/vmm.lock" in str(fd.readlink())]
+            if any(fd.stat().st_dev == run for fd in locks):
+                yield f"process {path.name}: {words[0].decode()}"
 
 
 def _router_rows() -> Iterator[str]:

@@ -1,8 +1,7 @@
 """QEMU: from a `Boot` to its argument list, its process and its QMP session.
 
 QEMU gets every descriptor ready-made (TAP, QMP and console sockets, image files) and so needs nothing: it runs
-under a uid of its own, without capabilities, under seccomp, in a network namespace with nothing in it. It starts
-paused, so that it can load while the pod is being made.
+in a sandbox (see there), under seccomp. It starts paused, so that it can load while the pod is being made.
 
 Sources: qemu-system-x86_64(1), docs/system/i386/microvm.rst, docs/interop/qmp-spec.rst.
 """
@@ -28,13 +27,13 @@ import trio
 from ..errors import UklaunchError
 from ..model import DEFAULT_MTU, Accel, Boot, Disk, Machine, format_mac
 from ..timeline import mark
+from . import sandbox
+from .accel import KVM
 
 if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient
 
 BINARY = "qemu-system-x86_64"
-UID_BASE = 0x70000000  # right above systemd's range for containers (systemd's UIDS-GIDS.md); ours ends at 0x70FFFFFF
-OOM_SCORE_ADJ = 200  # when memory runs out, guests go before the host's services
 OVERLAY_DIR = Path("/var/tmp")  # on disk, not in memory: a guest may write as much as its disk holds
 STDERR_LINES_KEPT = 20
 QMP_TIMEOUT_S = 30
@@ -237,7 +236,7 @@ def open_fds(opened: _Opened, boot: Boot, tap: int, qmp: int, console: int) -> F
 
 
 class Process(Protocol):
-    """What is asked of a process: of `trio.Process`, and of one that was started by another."""
+    """What is asked of a process: of `sandbox.Process`, and of one that was started by another."""
 
     @property
     def pid(self) -> int: ...
@@ -410,34 +409,6 @@ def _signal(number: int) -> str:
     return f"signal {number}"
 
 
-def vmm_uid(pid: int) -> int:
-    """The uid, and gid, of the VMM that is process `pid` (at most 2^22): no two that run share one.
-
-    The pod's id would not do: a pod that is being made has none when its VMM starts.
-    """
-    return UID_BASE + pid
-
-
-def confined(command: list[str], groups: Iterable[int]) -> list[str]:
-    """The command under its `vmm_uid`, without capabilities, network or core dumps.
-
-    Each program execs the next, so that the process which is started becomes QEMU, and its pid is QEMU's.
-    """
-    keep = ",".join(str(group) for group in groups)
-    script = (
-        "ulimit -c 0 && "  # a core holds all of the guest's memory
-        f"echo {OOM_SCORE_ADJ} > /proc/self/oom_score_adj && "
-        f'uid=$(({UID_BASE} + $$)) && exec setpriv --reuid="$uid" --regid="$uid" "$@"'
-    )
-    return [
-        *("unshare", "--net", "--ipc", "--uts", "--"),
-        *("sh", "-c", script, "sh"),  # what it does by itself costs no further exec
-        f"--groups={keep}" if keep else "--clear-groups",
-        *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"),
-        *command,
-    ]
-
-
 def pick_machine(boot: Boot, accel: Accel) -> Machine:
     """The best of the guest's boards, but not microvm without KVM.
 
@@ -470,16 +441,11 @@ async def run_qemu(
             )
             fds = open_fds(opened, boot, tap_fd, qmp.fileno(), console.fileno())
             command = [binary, *arguments(boot, machine, accel, fds)]
-            groups = () if kvm_group is None else (kvm_group,)
-            process = await trio.lowlevel.open_process(
-                confined(command, groups),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[*fds.all(), lock_fd],
-                cwd="/",
-                env={"PATH": os.environ.get("PATH", os.defpath)},
-                start_new_session=True,  # a Ctrl-C on our terminal is for us alone
+            process = await sandbox.start(
+                command,
+                fds=[*fds.all(), lock_fd],
+                groups=() if kvm_group is None else (kvm_group,),
+                devices=(KVM,) if accel is Accel.KVM else (),
             )
         vmm = Vmm(process, machine, _stream(console_ours), command)
         stack.push_async_callback(_reap, vmm)

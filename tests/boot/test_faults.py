@@ -48,7 +48,10 @@ MAKING = (
     "uplink-row",
     "pod-made",
 )
-JOINING = ("tap", "place", "record", "run-file", "vmm-exec", "qmp", "guest-row", "attached", "joined", "resumed")
+JOINING = (
+    *("tap", "place", "record", "run-file", "vmm-fork", "vmm-exec", "qmp"),
+    *("guest-row", "attached", "joined", "resumed"),
+)
 STOPPING = ("stop", "vmm-gone", "leave", "guest-row-gone")
 REMOVING = ("remove", "uplink-gone", "namespace-gone", "pod-row-gone", "pod-forgotten")
 STOP = "resumed:SIGTERM,"  # it runs, and is stopped at once
@@ -186,7 +189,7 @@ def test_a_supervisor_killed_while_it_launches(name: str, step: str, before: set
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [case for case in LAUNCH if case[1] in ("bridge", "vmm-exec", "qmp", "attached", "joined", "resumed")],
+    [case for case in LAUNCH if case[1] in ("bridge", "vmm-fork", "vmm-exec", "qmp", "attached", "joined", "resumed")],
 )
 def test_qemu_killed_while_it_is_launched(name: str, step: str, before: set[str]) -> None:
     with launched(name, f"{step}:SIGSTOP", "--rm") as process:

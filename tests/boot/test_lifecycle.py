@@ -18,7 +18,6 @@ import pytest
 from launcher import net, state
 from launcher.arguments import DEFAULT_BUNDLE
 from launcher.demo import demo
-from launcher.vmm.qemu import OOM_SCORE_ADJ, OVERLAY_DIR, vmm_uid
 
 from .. import leaks
 from ..cli import COMMAND, shown, uklaunch
@@ -298,43 +297,6 @@ def snapshot(path: Path, name: str) -> object:
     values = net.in_netns(path, lambda: [Path("/proc/sys", key).read_text() for key in net.LOOPBACK_SYSCTLS])
     filters = out("tc", "-n", name, "filter", "show", "dev", "lo", "egress")
     return sysctls, values, filters, out("tc", "-n", name, "qdisc"), out("ip", "-n", name, "-o", "addr")
-
-
-def test_the_vmm_has_no_rights_it_does_not_need() -> None:
-    ok("run", "default", "--pod", POD, "--name", "n", "-d", "--rm")
-    (record,) = state.guests(POD)
-    uid = vmm_uid(record.vmm_pid)
-    proc = Path("/proc") / str(record.vmm_pid)
-    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
-    assert status["Uid"].split() == [str(uid)] * 4
-    assert status["Gid"].split() == [str(uid)] * 4
-    assert status["Groups"].strip() == ""
-    assert all(int(status[key], 16) == 0 for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"))
-    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
-    for kind in ("net", "ipc", "uts"):
-        assert (proc / "ns" / kind).readlink() != Path("/proc/self/ns", kind).readlink()
-    limits = (proc / "limits").read_text().splitlines()
-    assert next(line.split()[4:6] for line in limits if line.startswith("Max core file size")) == ["0", "0"]
-    ours = (
-        f"{DEFAULT_BUNDLE}/",
-        f"{record.directory}/vmm.lock",
-        f"{OVERLAY_DIR}/#",
-        "/memfd:",
-        "/dev/null",
-        "/dev/net/tun",
-    )
-    opened = [str(fd.readlink()) for fd in (proc / "fd").iterdir()]
-    assert [path for path in opened if not path.startswith((*ours, "socket:", "pipe:", "anon_inode:"))] == []
-    assert (proc / "oom_score_adj").read_text().strip() == str(OOM_SCORE_ADJ)
-    assert (proc / "ns/net").readlink() not in (
-        Path("/proc/self/ns/net").readlink(),
-        Path(f"net:[{Path(state.get_pod(POD).netns).stat().st_ino}]"),
-    )
-    links = subprocess.run(
-        ["nsenter", f"--net={proc}/ns/net", "ip", "-o", "link"], check=True, capture_output=True, text=True
-    ).stdout
-    assert len(links.splitlines()) == 1  # a loopback, down
-    ok("stop", "n")
 
 
 def test_the_image_is_never_written() -> None:

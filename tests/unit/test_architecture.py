@@ -31,7 +31,7 @@ LAYERS = (
     {"net", "publish", "events"},
     {"state"},
     {"health"},
-    {"model", "timeline", "restart", "fault"},
+    {"model", "timeline", "restart", "fault", "threads"},
     {"errors"},
 )
 ONLY_IMPORTER = {

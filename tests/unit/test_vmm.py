@@ -11,7 +11,7 @@ import pytest
 from launcher.errors import UklaunchError
 from launcher.model import Accel, AddressPlan, Boot, Machine, Nic
 from launcher.vmm import accel
-from launcher.vmm.qemu import DiskFds, Fds, arguments, confined, pick_machine
+from launcher.vmm.qemu import DiskFds, Fds, arguments, pick_machine
 
 PLAN = AddressPlan()
 NIC = Nic(
@@ -68,11 +68,6 @@ def test_microvm_is_for_kvm() -> None:
     assert pick_machine(BOOT, Accel.KVM) is Machine.MICROVM
     assert pick_machine(BOOT, Accel.TCG) is Machine.Q35
     assert pick_machine(replace(BOOT, machines=(Machine.MICROVM,)), Accel.TCG) is Machine.MICROVM
-
-
-def test_the_group_of_dev_kvm_is_the_only_one_kept() -> None:
-    assert "--clear-groups" in confined(["x"], ())
-    assert "--groups=107" in confined(["x"], (107,))
 
 
 @pytest.mark.parametrize(
