@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import UklaunchError
 from .vmm.accel import kvm_status
 
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}  # include/uapi/linux/capability.h
@@ -40,6 +41,7 @@ def examine() -> list[Finding]:
         _router,
         _ip,
         _nftables,
+        _sandbox,
         _qemu,
         _qemu_img,
         _kvm,
@@ -137,6 +139,21 @@ def _nftables() -> Finding:
         remedy="apt-get install python3-nftables",
         required=False,
     )
+
+
+def _sandbox() -> Finding:
+    """The proof that a VMM can be confined: something is."""
+    from .vmm import sandbox
+
+    try:
+        with sandbox.spawn(["/usr/bin/true"], stderr=subprocess.PIPE) as process:
+            said = process.communicate(timeout=10)[1].decode(errors="replace").strip()
+    except UklaunchError as exc:
+        return Finding(need="sandbox", ok=False, found=exc.message, remedy=exc.hint)
+    if process.returncode != 0:
+        found = said or f"exit code {process.returncode}"
+        return Finding(need="sandbox", ok=False, found=found, remedy=sandbox.NEEDS)
+    return Finding(need="sandbox", ok=True, found="a VMM gets namespaces, an empty root and a uid of its own")
 
 
 def _qemu() -> Finding:

@@ -39,6 +39,8 @@ LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 DEVICES = (Path("/dev/null"), Path("/dev/urandom"))
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin"}
 
+NEEDS = "give it CAP_SYS_ADMIN, a / that is no initramfs, and a /dev; in a container, no seccomp filter against mounts"
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -153,17 +155,20 @@ def spawn(
         )
 
     popen = in_a_new_thread(enter_and_fork, "sandbox")
-    assert popen.stdin is not None
+    gate = popen.stdin
+    assert gate is not None
     try:
         mark("vmm-fork")
         resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))  # a core holds all of the guest's memory
         Path(f"/proc/{popen.pid}/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
         admit(popen.pid)
-        with contextlib.suppress(BrokenPipeError), popen.stdin as gate:  # if it has died its exit code tells
+        with contextlib.suppress(BrokenPipeError), gate:  # if it has died its exit code tells
             gate.write(f"{vmm_uid(popen.pid)}\n".encode())
+        popen.stdin = None
     except BaseException:
         popen.kill()
-        popen.communicate()
+        popen.wait()
+        gate.close()
         raise
     return popen
 
@@ -226,4 +231,4 @@ def _mount(source: Path | str, target: Path, kind: str = "none", flags: int = 0,
 def _call(what: str, result: int) -> None:
     if result != 0:
         why = os.strerror(ctypes.get_errno())
-        raise UklaunchError(f"a VMM cannot be confined: cannot {what}: {why}", "uklaunch doctor shows what is missing")
+        raise UklaunchError(f"a VMM cannot be confined: cannot {what}: {why}", NEEDS)
