@@ -255,9 +255,11 @@ class AdoptedProcess:
         self.pid = pid
         self.returncode: int | None = None
         self._pidfd = pidfd
+        self._waiting = trio.Lock()  # one task at a time may wait for a descriptor
 
     async def wait(self) -> int:
-        await trio.lowlevel.wait_readable(self._pidfd)
+        async with self._waiting:
+            await trio.lowlevel.wait_readable(self._pidfd)
         if self.returncode is None:
             try:
                 ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222
