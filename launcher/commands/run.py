@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import control, foreground, state
+from .. import capabilities, control, foreground, state
 from ..arguments import DEFAULT_BUNDLE
 from ..errors import ImageNotFound, UklaunchError, UsageError, first_error
 from ..model import Family, Port, check_name, parse_memory_mib, parse_mtu
@@ -99,6 +99,7 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 
 def supervise(job: foreground.Job, *, detach: bool) -> int:
+    capabilities.drop_others()  # while there is one thread: they are each thread's own
     return foreground.run_detached(job, note) if detach else foreground.run_attached(job, note)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import control, state
+from launcher import capabilities, control, state
 from launcher.arguments import DEFAULT_BUNDLE
 from launcher.errors import UklaunchError
 from launcher.vmm import sandbox
@@ -137,6 +137,17 @@ def test_its_descriptors(guest: state.GuestRecord, proc: Path) -> None:
     assert pipes == [("2", "01")]  # its stderr; O_WRONLY
     unix = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
     assert sockets <= unix  # its console and its QMP; none that leads to a network, or of netlink
+
+
+def test_its_supervisor_keeps_only_the_capabilities_that_it_needs(guest: state.GuestRecord) -> None:
+    needed = sum(1 << bit for bit in capabilities.NEEDED.values())
+    threads = list(Path(f"/proc/{guest.supervisor_pid}/task").iterdir())
+    for thread in threads:
+        status = dict(line.split(":\t", 1) for line in (thread / "status").read_text().splitlines() if ":\t" in line)
+        sets = {name: int(status[f"Cap{name}"], 16) for name in ("Eff", "Prm", "Bnd", "Inh", "Amb")}
+        assert sets["Eff"] == sets["Prm"] == sets["Bnd"] != 0
+        assert sets["Eff"] & ~needed == sets["Inh"] == sets["Amb"] == 0
+    assert threads
 
 
 def test_it_outlives_its_supervisor_and_gc_ends_it() -> None:

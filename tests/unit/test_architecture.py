@@ -31,7 +31,7 @@ LAYERS = (
     {"net", "publish", "events"},
     {"state"},
     {"health"},
-    {"model", "timeline", "restart", "fault", "threads"},
+    {"model", "timeline", "restart", "fault", "threads", "capabilities"},
     {"errors"},
 )
 ONLY_IMPORTER = {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher import capabilities
+
 from ..systemd import UNITS
 
 GENERATOR = UNITS / "uklaunch-generator"
@@ -196,3 +198,9 @@ def test_it_is_quick() -> None:
 def test_its_types() -> None:
     result = run(sys.executable, "-m", "mypy", "--strict", GENERATOR, cwd=ROOT)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_guests_unit_has_the_capabilities_that_a_supervisor_keeps() -> None:
+    lines = (UNITS / "uklaunch@.service").read_text().splitlines()
+    (bounding,) = [line.partition("=")[2].split() for line in lines if line.startswith("CapabilityBoundingSet=")]
+    assert set(bounding) == set(capabilities.NEEDED)
