@@ -42,9 +42,10 @@ struct pod {
 	__u32 udp_idle_s;
 	__u32 tcp_idle_s;
 	__u32 tcp_closed_s; /* a connection that is closed, or was never answered */
+	__u32 owner; /* of those who share this router, who made it: only who made it removes it */
 	__u32 taps[GUESTS_PER_POD]; /* ifindex of each guest's TAP; the first guest_count are valid */
 };
-_Static_assert(sizeof(struct pod) == 96 + 4 * GUESTS_PER_POD, "pod");
+_Static_assert(sizeof(struct pod) == 100 + 4 * GUESTS_PER_POD, "pod");
 
 BPF_F_TABLE("hash", __u32, struct pod, pods, PODS_MAX, BPF_F_NO_PREALLOC);
 

@@ -46,7 +46,13 @@ class Published:
 
 
 def owner_of(pod: str, guest: str | None = None) -> str:
-    return f"{pod}/{guest}" if guest else pod
+    return state.marked(f"{pod}/{guest}" if guest else pod)
+
+
+def _pod_of(owner: str) -> str | None:
+    """None: it is of another state directory's."""
+    name = state.unmarked(owner)
+    return None if name is None else name.partition("/")[0]
 
 
 # --- the host's table ---
@@ -108,26 +114,27 @@ def published() -> Iterator[Published]:
 def disconnect(pod: str) -> None:
     """Take out what is the pod's and its guests'. Idempotent."""
     with _host_table():
-        _forget(HOST, _HOST_TABLE, lambda owner: owner.partition("/")[0] == pod)
+        _forget(HOST, _HOST_TABLE, lambda owner: _pod_of(owner) == pod)
 
 
 def unpublish(pod: str, running: Collection[str]) -> None:
     """Take out the ports of the pod's guests, but not of those that run. Idempotent."""
     keep = {owner_of(pod), *(owner_of(pod, guest) for guest in running)}
     with _host_table():
-        _forget(HOST, _HOST_TABLE, lambda owner: owner.partition("/")[0] == pod and owner not in keep)
+        _forget(HOST, _HOST_TABLE, lambda owner: _pod_of(owner) == pod and owner not in keep)
 
 
 def forget_unknown(pods: Callable[[], Collection[str]]) -> list[str]:
-    """Take out what is of none of the pods, which are asked for last. Returns whose it was."""
+    """Take out what is of none of the pods, which are asked for last. Returns the names of those whose it was."""
     if importlib.util.find_spec("nftables") is None:
         return []  # then there is nothing of ours either
     with _host_table():
         present = [owner for _, _, owner in _elements(HOST, _HOST_TABLE)]
         if not present:
             return []
-        known = pods()
-        return _forget(HOST, _HOST_TABLE, lambda owner: owner in present and owner.partition("/")[0] not in known)
+        known = {None, *pods()}
+        gone = _forget(HOST, _HOST_TABLE, lambda owner: owner in present and _pod_of(owner) not in known)
+        return [pod for owner in gone if (pod := _pod_of(owner)) is not None]
 
 
 # --- a pod's table ---

@@ -105,6 +105,7 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
                 ipv4=plan.ipv4.ip,
                 ipv6=plan.ipv6.ip,
                 timeouts=router.Timeouts(udp_s=record.udp_timeout_s, tcp_s=record.tcp_timeout_s),
+                owner=state.owner(),
             ),
         )
         mark("pod-row")
@@ -499,12 +500,12 @@ def _forget_dead(record: state.PodRecord, table: router.Router) -> None:
 
 
 def unknown_ids(table: router.Router) -> list[int]:
-    """Pods in the router that no record knows."""
-    return sorted(set(table.pod_ids()) - {record.id for record in state.pods()})
+    """Pods of ours in the router that no record knows."""
+    return sorted(set(table.pod_ids_of(state.owner())) - {record.id for record in state.pods()})
 
 
 def forget_unknown_ids() -> list[int]:
-    """Remove pods from the router that no record knows. Returns their ids."""
+    """Remove pods of ours from the router that no record knows. Returns their ids."""
     if not router.is_loaded():
         return []
     with state.lock(state.root() / "lock"), open_router() as table:

@@ -28,6 +28,7 @@ import json
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -39,8 +40,31 @@ TAG = "uklaunch"  # in the alias of every link that we make
 NETNS_DIR = Path("/run/netns")
 
 
+DEFAULT_ROOT = Path("/run/uklaunch")
+
+
 def root() -> Path:
-    return Path(os.environ.get("UKLAUNCH_STATE", "/run/uklaunch"))
+    return Path(os.environ.get("UKLAUNCH_STATE", DEFAULT_ROOT))
+
+
+# What a whole host shares (the router, nftables' tables, links) says by this whose it is: a clean-up by one state
+# directory leaves alone what another made. The default one's has no mark.
+
+
+def owner() -> int:
+    """This state directory as a number of 32 bits; 0: the default one."""
+    path = root().resolve()
+    return 0 if path == DEFAULT_ROOT.resolve() else zlib.crc32(os.fsencode(path))
+
+
+def marked(name: str) -> str:
+    return f"{name}@{number:08x}" if (number := owner()) else name
+
+
+def unmarked(text: str) -> str | None:
+    """What was `marked` so; None: by another state directory."""
+    name, _, _ = text.partition("@")
+    return name if text == marked(name) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -232,16 +232,16 @@ def _open_nat(record: state.PodRecord) -> state.PodRecord:
             )
         host, pod = pair[:2], pair[2:]
         net.add_veth(ip, link, middle, OUTSIDE_LINK)
-        net.set_up_link(ip, link, alias=record.name, addresses=host)
+        net.set_up_link(ip, link, alias=state.marked(record.name), addresses=host)
     guests = (IPv4Interface(record.ipv4).network, IPv6Interface(record.ipv6).network)
     with net.netlink(middle, f"make link {INSIDE_LINK}") as ip:
         out, inward = _via(DEFAULT, host), _via(guests, INSIDE_POD)
-        net.set_up_link(ip, OUTSIDE_LINK, alias=record.name, addresses=pod, routes=out)
+        net.set_up_link(ip, OUTSIDE_LINK, alias=state.marked(record.name), addresses=pod, routes=out)
         net.add_veth(ip, INSIDE_LINK, Path(record.netns), POD_LINK)
-        net.set_up_link(ip, INSIDE_LINK, alias=record.name, addresses=INSIDE, routes=inward)
+        net.set_up_link(ip, INSIDE_LINK, alias=state.marked(record.name), addresses=INSIDE, routes=inward)
     with net.netlink(Path(record.netns), f"set up link {POD_LINK}") as ip:
         out = _via(DEFAULT, INSIDE)
-        net.set_up_link(ip, POD_LINK, alias=record.name, addresses=INSIDE_POD, routes=out)
+        net.set_up_link(ip, POD_LINK, alias=state.marked(record.name), addresses=INSIDE_POD, routes=out)
     record = _with_addresses(record, POD_LINK, [address.ip for address in pod])
     mark("veth")
     net.write_sysctls(HOST, {f"net/ipv6/conf/{link}/accept_ra": "0"})  # a pod is no router of the host's
@@ -372,23 +372,36 @@ def forget_unknown(pods: Callable[[], Collection[str]]) -> list[str]:
 
     Asked for the pods only when it has seen what there is: a pod's record comes before all else of it.
     """
-    unknown = {owner.partition("/")[0] for owner in firewall.forget_unknown(pods)}
+    unknown = set(firewall.forget_unknown(pods))
     ours = re.compile(HOST_LINK_PREFIX + r"\d+")
-    links = {
-        name: alias.removeprefix(f"{state.TAG}:")
-        for name, alias in net.link_aliases(HOST, filter(ours.fullmatch, net.link_indexes(HOST))).items()
-        if alias.startswith(f"{state.TAG}:")
-    }
+    links = _owners(HOST, filter(ours.fullmatch, net.link_indexes(HOST)))
     middles = {path: path.name[len("uk-") : -len(NAT_SUFFIX)] for path in state.NETNS_DIR.glob(f"uk-*{NAT_SUFFIX}")}
     attached = cni.pods()
     known = pods()
     stray = {name: pod for name, pod in links.items() if pod not in known}
+    abandoned = {path: pod for path, pod in middles.items() if pod not in known and _is_abandoned(path)}
     net.delete_links(HOST, stray)
-    for path, pod in middles.items():
-        if pod not in known:
-            net.delete_netns(path)
-            unknown.add(pod)
+    for path, pod in abandoned.items():
+        net.delete_netns(path)
+        unknown.add(pod)
     for pod in set(attached) - set(known):
         cni.delete(pod, state.NETNS_DIR / "gone")
         unknown.add(pod)
     return sorted({*unknown, *stray.values()})
+
+
+def _is_abandoned(middle: Path) -> bool:
+    """Is the namespace in the middle ours, or are there no longer two that it could lie between?"""
+    if not middle.with_name(middle.name.removesuffix(NAT_SUFFIX)).exists():
+        return True
+    with contextlib.suppress(FileNotFoundError, UklaunchError):  # gone, or not yet complete
+        return bool(_owners(middle, [OUTSIDE_LINK]))
+    return False
+
+
+def _owners(netns: Path, links: Iterable[str]) -> dict[str, str]:
+    """Which pod of ours each of the links is of."""
+    prefix = f"{state.TAG}:"
+    aliases = net.link_aliases(netns, links).items()
+    found = {name: state.unmarked(alias.removeprefix(prefix)) for name, alias in aliases if alias.startswith(prefix)}
+    return {name: pod for name, pod in found.items() if pod is not None}

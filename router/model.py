@@ -22,13 +22,14 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodRow:
-    """A pod's bridge, whose addresses are `localhost` to its guests."""
+    """A pod's bridge, whose addresses are `localhost` to its guests. `owner`: a number for whoever adds it."""
 
     ifindex: int
     mac: bytes
     ipv4: IPv4Address
     ipv6: IPv6Address
     timeouts: Timeouts = Timeouts()
+    owner: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

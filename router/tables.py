@@ -66,6 +66,7 @@ class Pod(ctypes.Structure):
         ("udp_idle_s", _u32),
         ("tcp_idle_s", _u32),
         ("tcp_closed_s", _u32),
+        ("owner", _u32),
         ("taps", _u32 * GUESTS_PER_POD),
     )
 
@@ -266,6 +267,11 @@ class Router:
         pods = self._pins.maps["pods"]
         return sorted({int.from_bytes(key, "little") for key in syscall.keys(pods, _POD_KEY)})
 
+    def pod_ids_of(self, owner: int) -> list[int]:
+        """Those that were added with this `owner`."""
+        rows = ((pod_id, self._get("pods", _pod_key(pod_id), Pod)) for pod_id in self.pod_ids())
+        return [pod_id for pod_id, row in rows if row is not None and row.owner == owner]
+
     def add_pod(self, pod_id: int, row: PodRow) -> None:
         """Replaces whatever was there under this id."""
         if not 1 <= pod_id <= 0xFFFF:
@@ -280,6 +286,7 @@ class Router:
             udp_idle_s=row.timeouts.udp_s,
             tcp_idle_s=row.timeouts.tcp_s,
             tcp_closed_s=row.timeouts.tcp_closed_s,
+            owner=row.owner,
         )
         self._put("pods", key, bytes(pod))
         size = ctypes.sizeof(Counters) * _possible_cpus()

@@ -392,6 +392,31 @@ def test_gc_after_the_record_is_lost(outside: Path) -> None:
     net.delete_netns(Path(record.netns))
 
 
+def test_gc_of_another_state_directory_touches_nothing_of_ours(outside: Path, tmp_path: Path) -> None:
+    elsewhere = {"UKLAUNCH_STATE": str(tmp_path / "state")}
+    with played_pod(name="uplink-ours", publish=[Publish.parse(f"{next(ports)}:80")]) as made:
+        before, id_ = traces("uplink-ours", made.record.id), made.record.id
+        assert before
+        result = uklaunch("gc", env=elsewhere)
+        assert (result.returncode, result.stdout) == (0, ""), shown(result)
+        assert traces("uplink-ours", id_) == before
+        assert id_ in made.table.pod_ids()
+
+
+def test_gc_of_a_state_directory_removes_what_was_its_own(outside: Path, state_dir: Path) -> None:
+    record = pod.create("uplink-theirs", publish=[Publish.parse(f"{next(ports)}:80")])
+    state.forget_pod("uplink-theirs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("UKLAUNCH_STATE")
+        assert list(control.collect()) == []
+    assert [(item.what, item.name) for item in control.collect()] == [
+        ("uplink", "of pod uplink-theirs"),
+        ("router", f"pod id {record.id}"),
+    ]
+    assert traces("uplink-theirs", record.id) == []
+    net.delete_netns(Path(record.netns))
+
+
 def test_a_dead_guests_ports_are_forgotten(two_guests: PlayedPod) -> None:
     record, number = two_guests.record, next(ports)
     uplink.publish(record, [Publish(host=number, guest=Port(number))], "dead")
