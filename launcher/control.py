@@ -237,3 +237,5 @@ def _collect_pods() -> Iterator[Collected]:
         yield Collected("uplink", f"of pod {name}", "of no pod; removed")
     for pod_id in pod.forget_unknown_ids():
         yield Collected("router", f"pod id {pod_id}", "of no pod; its rows removed")
+    for version in pod.unload_superseded():
+        yield Collected("router", version, "superseded, and without pods; unloaded")

@@ -91,7 +91,7 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     record = replace(record, saved_sysctls=net.write_sysctls(netns, net.LOOPBACK_SYSCTLS))
     state.write_pod(record)
     with state.lock(state.root() / "lock") as last:  # two pods must not take one id
-        record = replace(record, id=_next_id(last, set(table.pod_ids())))
+        record = replace(record, id=_next_id(last, set(router.pod_ids())))
         state.write_pod(record)
     mark("pod-id")
     with uplink.opening(record) as opened:
@@ -167,8 +167,7 @@ def _remove_inside(record: state.PodRecord) -> None:
         net.delete_netns(netns)
     mark("namespace-gone")
     if record.id:
-        with open_router() as table:
-            table.remove_pod(record.id)
+        router.remove_pod(record.id)
     mark("pod-row-gone")
     state.forget_pod(record.name)
     if record.bridge:
@@ -513,6 +512,11 @@ def forget_unknown_ids() -> list[int]:
         for pod_id in unknown:
             table.remove_pod(pod_id)
         return unknown
+
+
+def unload_superseded() -> list[str]:
+    """Unload the router's earlier versions that have no pods left. Returns their names."""
+    return [directory.name for directory in router.unload_superseded()]
 
 
 def forget_unknown_uplinks() -> list[str]:

@@ -30,7 +30,18 @@ if TYPE_CHECKING:
         Timeouts,
         UplinkRow,
     )
-    from .tables import DropWatch, Router, drop_reasons, is_loaded, loaded, open_router, unload_all
+    from .tables import (
+        DropWatch,
+        Router,
+        drop_reasons,
+        is_loaded,
+        loaded,
+        open_router,
+        pod_ids,
+        remove_pod,
+        unload_all,
+        unload_superseded,
+    )
 
 __all__ = [
     "PASSED",
@@ -54,12 +65,25 @@ __all__ = [
     "is_loaded",
     "loaded",
     "open_router",
+    "pod_ids",
+    "remove_pod",
     "unload_all",
+    "unload_superseded",
 ]
 
-_HOMES = {"RouterError": "errors"} | dict.fromkeys(
-    ("DropWatch", "Router", "drop_reasons", "is_loaded", "loaded", "open_router", "unload_all"), "tables"
+_TABLES = (
+    "DropWatch",
+    "Router",
+    "drop_reasons",
+    "is_loaded",
+    "loaded",
+    "open_router",
+    "pod_ids",
+    "remove_pod",
+    "unload_all",
+    "unload_superseded",
 )
+_HOMES = {"RouterError": "errors"} | dict.fromkeys(_TABLES, "tables")
 
 
 def __getattr__(name: str) -> Any:

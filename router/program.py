@@ -46,6 +46,7 @@ class Pins:
     """Open descriptors of a loaded router."""
 
     directory: Path
+    lock: int  # shared, on the directory: it is not removed while somebody has it open
     program: int
     maps: dict[str, int]
 
@@ -98,15 +99,16 @@ def open_pins() -> Pins:
 
 def open_directory(directory: Path) -> Pins:
     """FileNotFoundError: it is not complete."""
-    opened = list[int]()
+    opened = [os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:
+        fcntl.flock(opened[0], fcntl.LOCK_SH)
         for name in (PROGRAM, *MAPS):
             opened.append(syscall.open_pin(f"{directory}/{name}"))
     except BaseException:
         for fd in opened:
             os.close(fd)
         raise
-    return Pins(directory=directory, program=opened[0], maps=dict(zip(MAPS, opened[1:], strict=True)))
+    return Pins(directory=directory, lock=opened[0], program=opened[1], maps=dict(zip(MAPS, opened[2:], strict=True)))
 
 
 @contextlib.contextmanager
@@ -141,11 +143,33 @@ def _explain_bpffs(exc: OSError) -> RouterError:
 
 
 def versions() -> list[Path]:
-    """The directory of each version that is loaded."""
+    """The directory of each version that is loaded, the one that was loaded last at the end."""
+    found = list[tuple[int, Path]]()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in root().iterdir():
+            if not path.name.startswith(_LOADING):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
+
+
+@contextlib.contextmanager
+def unused(directory: Path) -> Iterator[bool]:
+    """Whether nobody has this version open; if so, nobody gets it before the block ends."""
     try:
-        return [path for path in root().iterdir() if not path.name.startswith(_LOADING)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(fd)
 
 
 def remove(directory: Path) -> None:

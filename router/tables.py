@@ -11,8 +11,8 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
@@ -203,7 +203,7 @@ class Router:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for fd in (self._pins.program, *self._pins.maps.values()):
+        for fd in (self._pins.program, *self._pins.maps.values(), self._pins.lock):
             os.close(fd)
 
     # --- bytes ---
@@ -305,15 +305,8 @@ class Router:
 
     def remove_pod(self, pod_id: int) -> None:
         """Every row of the pod's. Idempotent."""
-        key = _pod_key(pod_id)
-        self._delete("flows", key)  # first: from here on the program leaves the pod alone
-        for port, _ in list(self._port_rows(pod_id)):
-            self._delete("ports", bytes(port))
-        for ifindex in list(self._indexes(pod_id)):
-            self._delete("guests", bytes(GuestKey(pod=pod_id, ifindex=ifindex)))
-        self._delete("drops", key)
-        self._delete("pod_counters", key)
-        self._delete("pods", key)  # last: until now `pod_ids` knows that something is left
+        for name in _POD_MAPS:
+            _remove_rows(self._pins.maps[name], pod_id)
 
     def set_uplink(self, pod_id: int, row: UplinkRow) -> None:
         """`program_fd` is to be attached at the uplink's ingress. Raises RouterError if the pod is unknown."""
@@ -636,6 +629,41 @@ def open_router() -> Router:
     return Router(program.open_pins())
 
 
+# Keys of these begin with a pod's id, in every version of the router. In the order in which a pod's rows go: without
+# flows the program leaves it alone, and until the last one has gone `pod_ids` knows that something is left.
+_POD_MAPS = ("flows", "ports", "guests", "drops", "pod_counters", "pods")
+
+
+def _remove_rows(fd: int, pod_id: int) -> None:
+    for key in set(syscall.keys(fd, syscall.map_shape(fd)["key_size"])):
+        if key.startswith(_pod_key(pod_id)):
+            syscall.delete(fd, key)
+
+
+def _open_maps(directory: Path, stack: ExitStack) -> dict[str, int]:
+    """Those of a version that may not be ours, so that only their keys are known. OSError: it is not complete."""
+    maps = {}
+    for name in _POD_MAPS:
+        maps[name] = syscall.open_pin(f"{directory}/{name}")
+        stack.callback(os.close, maps[name])
+    return maps
+
+
+def remove_pod(pod_id: int) -> None:
+    """Every row of the pod's, in whichever version of the router it is; one that is superseded goes with its last
+    pod. Idempotent."""
+    for directory in program.versions():
+        with suppress(OSError), ExitStack() as stack:
+            for fd in _open_maps(directory, stack).values():
+                _remove_rows(fd, pod_id)
+    unload_superseded()
+
+
+def pod_ids() -> list[int]:
+    """Of all versions of the router that are loaded: pods keep theirs over an upgrade, and ids are of the host."""
+    return sorted({pod_id for directory in program.versions() for pod_id in _pods_of(directory)})
+
+
 def is_loaded() -> bool:
     return (program.root() / program.version()).is_dir()
 
@@ -645,27 +673,40 @@ def loaded() -> list[Loaded]:
     found = []
     for directory in program.versions():
         with suppress(OSError):
-            found.append(Loaded(directory, pods=_pods_of(directory), ours=directory.name == program.version()))
+            found.append(Loaded(directory, pods=len(_pods_of(directory)), ours=directory.name == program.version()))
     return found
 
 
 def unload_all() -> list[Path]:
-    """Unpin every version of the router that has no pods left; returns what is gone."""
-    gone = []
-    for directory in program.versions():
-        with suppress(OSError):  # half-pinned: there is nothing in it to keep
-            if _pods_of(directory):
-                continue
-        program.remove(directory)
-        gone.append(directory)
+    """Unpin every version of the router that has no pods left and is not in use; returns what is gone."""
+    gone = _unload(program.versions())
     with suppress(OSError):
         program.root().rmdir()  # not empty: somebody else's version is in use
     return gone
 
 
-def _pods_of(directory: Path) -> int:
-    fd = syscall.open_pin(f"{directory}/pods")
+def unload_superseded() -> list[Path]:
+    """The same, but for the version that was loaded last: the next pod will want it."""
+    return _unload(program.versions()[:-1])
+
+
+def _unload(directories: Iterable[Path]) -> list[Path]:
+    gone = []
+    for directory in directories:
+        with program.unused(directory) as unused:
+            if unused and not _pods_of(directory):
+                program.remove(directory)
+                gone.append(directory)
+    return gone
+
+
+def _pods_of(directory: Path) -> set[int]:
+    """None if it is half-pinned: then there is nothing in it to keep."""
     try:
-        return sum(1 for _ in syscall.keys(fd, _POD_KEY))
+        fd = syscall.open_pin(f"{directory}/pods")
+    except OSError:
+        return set()
+    try:
+        return {int.from_bytes(key, "little") for key in syscall.keys(fd, _POD_KEY)}
     finally:
         os.close(fd)

@@ -44,7 +44,9 @@ def cmd_router_unload(args: argparse.Namespace) -> int:
     require_root()
     router.unload_all()
     if left := router.loaded():
-        raise UklaunchError(f"{sum(version.pods for version in left)} pods need the router", "see: uklaunch pod ls")
+        if pods := sum(version.pods for version in left):
+            raise UklaunchError(f"{pods} pods need the router", "see: uklaunch pod ls")
+        raise UklaunchError("a command looks into the router", "end what follows flows or drops, then try again")
     return ExitCode.OK
 
 

@@ -72,7 +72,7 @@ def test_interrupted_loads_are_mended(fresh: Path) -> None:
     assert sorted(path.name for path in program.root().iterdir()) == [program.version()]
 
 
-def test_unload_spares_what_has_pods(fresh: Path, table: router.Router) -> None:
+def test_unload_spares_what_has_pods(fresh: Path) -> None:
     row = router.PodRow(ifindex=2, mac=bytes(6), ipv4=IPv4Address("169.254.77.1"), ipv6=IPv6Address("fd00:77::1"))
     with router.open_router() as own:
         own.add_pod(1, row)
@@ -80,6 +80,53 @@ def test_unload_spares_what_has_pods(fresh: Path, table: router.Router) -> None:
         own.remove_pod(1)
     assert router.unload_all() == [program.root() / program.version()]
     assert not program.root().exists()
+
+
+ROW = router.PodRow(ifindex=2, mac=bytes(6), ipv4=IPv4Address("169.254.77.1"), ipv6=IPv6Address("fd00:77::1"))
+
+
+def upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on the sources are others, as far as the name of what is loaded goes."""
+    real = program.version
+    monkeypatch.setattr(program, "version", lambda defines=(): real(defines) if defines else "upgraded")
+
+
+def test_an_upgrade_keeps_pods_and_the_last_of_them_takes_its_router_along(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = router.GuestRow(index=2, ifindex=3, mac=bytes(6), ipv4=ROW.ipv4, ipv6=ROW.ipv6, ports=(("tcp", 80),))
+    with router.open_router() as table:
+        for pod_id in (1, 2):
+            table.add_pod(pod_id, ROW)
+            table.add_guest(pod_id, guest)
+        old = program.root() / program.version()
+        upgrade(monkeypatch)
+        with router.open_router() as upgraded:
+            assert upgraded.pod_ids() == []
+            assert router.pod_ids() == [1, 2]
+            upgraded.add_pod(3, ROW)
+        router.remove_pod(1)
+        assert (table.pod_ids(), table.guests(1), table.ports(1)) == ([2], [], [])
+        assert len(table.guests(2)) == 1
+        assert old.exists()
+    router.remove_pod(2)
+    assert not old.exists()
+    router.remove_pod(3)
+    assert [path.name for path in program.root().iterdir()] == ["upgraded"]  # for the next pod
+
+
+def test_a_router_that_somebody_has_just_opened_is_not_unloaded(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For who has it open may be about to add its first pod."""
+    old = program.root() / program.version()
+    with router.open_router():
+        upgrade(monkeypatch)
+        with router.open_router():
+            pass
+        assert router.unload_superseded() == []
+        assert router.unload_all() == [program.root() / "upgraded"]
+        with router.open_router():
+            pass
+    assert router.unload_superseded() == [old]
 
 
 def test_not_a_bpffs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

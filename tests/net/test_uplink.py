@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 
+import router
 from launcher import control, firewall, net, pod, state, uplink
 from launcher.errors import UklaunchError, UsageError
 from launcher.model import Port, Protocol
 from launcher.publish import Publish
+from router import program
 
 from ..cli import shown, uklaunch
 from .conftest import PlayedPod, played_pod
@@ -415,6 +417,32 @@ def test_gc_of_a_state_directory_removes_what_was_its_own(outside: Path, state_d
     ]
     assert traces("uplink-theirs", record.id) == []
     net.delete_netns(Path(record.netns))
+
+
+def test_a_pod_of_before_an_upgrade_goes_and_takes_its_router_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UKLAUNCH_BPFFS", str(program.bpffs() / f"ukt-{os.getpid()}"))
+    program.bpffs().mkdir()
+    try:
+        old = pod.create("upgrade-old")
+        before = program.root() / program.version()
+        real = program.version
+        monkeypatch.setattr(program, "version", lambda defines=(): real(defines) if defines else "upgraded")
+        new = pod.create("upgrade-new")
+        assert new.id != old.id
+        assert [(version.directory.name, version.pods) for version in router.loaded()] == [
+            (before.name, 1),
+            ("upgraded", 1),
+        ]
+        pod.delete("upgrade-old")
+        assert not before.exists()
+        program.load(before)  # as by one who dies before it has a pod
+        os.utime(before, (0, 0))
+        assert [item.name for item in control.collect()] == [before.name]
+        assert not before.exists()
+        pod.delete("upgrade-new")
+    finally:
+        router.unload_all()
+        program.bpffs().rmdir()
 
 
 def test_a_dead_guests_ports_are_forgotten(two_guests: PlayedPod) -> None:
