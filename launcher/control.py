@@ -184,32 +184,51 @@ class Collected:
 def collect(*, kill: bool = False) -> Iterator[Collected]:
     """Clean up after supervisors that died and launches that were cut off. Idempotent; touches only what is ours.
 
-    A guest that runs without a supervisor is reported, and ended only if `kill`, or if it has yet to run.
+    A guest that runs without a supervisor is reported, and ended only if `kill`, or if it has yet to run. All is tried,
+    also when a part of it fails, which is raised at the end.
     """
+    failures = []
+    for step in _collecting(kill):
+        try:
+            yield from step
+        except UklaunchError as exc:  # no reason not to do the rest
+            failures.append(exc)
+    if failures:
+        raise failures[0]
+
+
+def _collecting(kill: bool) -> Iterator[Iterator[Collected]]:
     for pod, guest in state.guest_names():
-        name = f"{pod}/{guest}"
-        record = state.read_guest(pod, guest)
-        if record is None or state.supervised(record):
-            continue
-        if unsupervised(record):
-            record = state.read_guest(pod, guest) or record  # what its supervisor wrote last
-            if not kill and record.status not in _NOT_LET_RUN:
-                yield Collected(
-                    "guest",
-                    name,
-                    f"runs without a supervisor; left (supervise {name} takes it over, gc --kill ends it)",
-                )
-                continue
-            kill_vmm(record)
-            yield Collected("guest", name, "ran without a supervisor; ended")
-        if record.exited_at is None:
-            _bury(record)
-            if record.remove_when_done or record.status == "starting":
-                _forget_dead(pod, guest)
-                yield Collected("guest", name, "its supervisor had died; removed")
-            else:
-                yield Collected("guest", name, "its supervisor had died; recorded as ended")
-    yield from _collect_pods()
+        yield _collect_guest(pod, guest, kill=kill)
+    for record in state.pods():
+        yield _collect_pod(record.name)
+    for pod, guest in state.guest_names():
+        yield _collect_half_made(pod, guest)
+    state.forget_unknown_pods()
+    yield _collect_uplinks()
+    yield _collect_router()
+
+
+def _collect_guest(pod: str, guest: str, *, kill: bool) -> Iterator[Collected]:
+    name = f"{pod}/{guest}"
+    record = state.read_guest(pod, guest)
+    if record is None or state.supervised(record):
+        return
+    if unsupervised(record):
+        record = state.read_guest(pod, guest) or record  # what its supervisor wrote last
+        if not kill and record.status not in _NOT_LET_RUN:
+            left = f"runs without a supervisor; left (supervise {name} takes it over, gc --kill ends it)"
+            yield Collected("guest", name, left)
+            return
+        kill_vmm(record)
+        yield Collected("guest", name, "ran without a supervisor; ended")
+    if record.exited_at is None:
+        _bury(record)
+        if record.remove_when_done or record.status == "starting":
+            _forget_dead(pod, guest)
+            yield Collected("guest", name, "its supervisor had died; removed")
+        else:
+            yield Collected("guest", name, "its supervisor had died; recorded as ended")
 
 
 def _forget_dead(pod: str, guest: str) -> bool:
@@ -222,19 +241,29 @@ def _forget_dead(pod: str, guest: str) -> bool:
         return True
 
 
-def _collect_pods() -> Iterator[Collected]:
+def _collect_pod(name: str) -> Iterator[Collected]:
     from . import pod
 
-    for record in state.pods():
-        if pod.delete_if_abandoned(record.name):
-            yield Collected("pod", record.name, "nobody's any more; removed")
-    # Guests' directories without a record: a launch that was cut off between the two, or a removal.
-    for name, guest in state.guest_names():
-        if state.read_guest(name, guest) is None and _forget_dead(name, guest):
-            yield Collected("guest", f"{name}/{guest}", "half made; removed")
-    state.forget_unknown_pods()
+    if pod.delete_if_abandoned(name):
+        yield Collected("pod", name, "nobody's any more; removed")
+
+
+def _collect_half_made(pod: str, guest: str) -> Iterator[Collected]:
+    """A guest's directory without a record: a launch that was cut off between the two, or a removal."""
+    if state.read_guest(pod, guest) is None and _forget_dead(pod, guest):
+        yield Collected("guest", f"{pod}/{guest}", "half made; removed")
+
+
+def _collect_uplinks() -> Iterator[Collected]:
+    from . import pod
+
     for name in pod.forget_unknown_uplinks():
         yield Collected("uplink", f"of pod {name}", "of no pod; removed")
+
+
+def _collect_router() -> Iterator[Collected]:
+    from . import pod
+
     for pod_id in pod.forget_unknown_ids():
         yield Collected("router", f"pod id {pod_id}", "of no pod; its rows removed")
     for version in pod.unload_superseded():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 
 
@@ -87,6 +87,18 @@ def first_error(raised: BaseException) -> UklaunchError | None:
             return error
     errors = [leaf for leaf in leaves if isinstance(leaf, UklaunchError)]
     return errors[0] if errors and len(errors) == len(leaves) else None
+
+
+def try_all(*steps: Callable[[], object]) -> None:
+    """Each of the steps in turn, also when one before it has failed. Then raises what failed first, if anything did."""
+    failure: Exception | None = None
+    for step in steps:
+        try:
+            step()
+        except Exception as exc:
+            failure = failure or exc
+    if failure is not None:
+        raise failure
 
 
 def _leaves(exc: BaseException) -> Iterator[BaseException]:

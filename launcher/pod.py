@@ -18,7 +18,7 @@ from pathlib import Path
 import router
 
 from . import events, net, reset, resolver, state, uplink
-from .errors import UklaunchError, UsageError
+from .errors import UklaunchError, UsageError, try_all
 from .model import DEFAULT_MTU, GUEST_INDEX_MAX, GUEST_INDEX_MIN, TAP_MTU_MAX, AddressPlan, Nic, Port, check_name
 from .publish import Publish
 from .timeline import mark
@@ -142,37 +142,61 @@ def _next_id(last: int, taken: set[int]) -> int:
 
 
 def _remove(record: state.PodRecord) -> None:
-    """Undo `_begin` and `_finish`, however far they came. Idempotent; under the pod's lock."""
-    mark("remove")
-    try:
-        uplink.close(record)
-        mark("uplink-gone")
-    finally:
-        _remove_inside(record)
+    """Undo `_begin` and `_finish`, however far they came: what can be undone is, also when a part of it fails.
+
+    Idempotent; under the pod's lock.
+    """
+    try_all(partial(mark, "remove"), partial(_remove_uplink, record), partial(_remove_inside, record))
+
+
+def _remove_uplink(record: state.PodRecord) -> None:
+    """What stays of it on the host can be found by the pod's name: see `forget_unknown_uplinks`."""
+    uplink.close(record)
+    mark("uplink-gone")
 
 
 def _remove_inside(record: state.PodRecord) -> None:
-    netns = Path(record.netns)
-    with contextlib.suppress(FileNotFoundError, UklaunchError):
-        # Off `lo` first: the namespace lives on if a container is in it, and must not meet the id's next pod.
-        if record.bridge or record.adopted:
-            net.detach_loopback(netns, own_clsact=record.own_clsact)
-            if record.adopted and record.uplink_link:
-                net.detach_uplink(netns, record.uplink_link, own_clsact=record.own_uplink_clsact)
-    if record.adopted and netns.exists():
-        if bridge := net.link_indexes(netns).get(net.BRIDGE):
-            net.delete_link(netns, bridge)
-        net.write_sysctls(netns, dict(reversed(record.saved_sysctls.items())))
-    elif not record.adopted:
-        net.delete_netns(netns)
-    mark("namespace-gone")
-    if record.id:
-        router.remove_pod(record.id)
-    mark("pod-row-gone")
+    try:
+        try_all(
+            partial(_remove_from_loopback, record), partial(_remove_namespace, record), partial(_remove_rows, record)
+        )
+    except Exception:
+        # As of a pod that is half made: whoever comes next, gc or a guest of this pod's name, removes what is left.
+        with contextlib.suppress(UklaunchError):
+            state.write_pod(replace(record, bridge=0))
+        raise
     state.forget_pod(record.name)
     if record.bridge:
         events.note("removed", record.name)
     mark("pod-forgotten")
+
+
+def _remove_from_loopback(record: state.PodRecord) -> None:
+    """Before the namespace goes: it lives on if a container is in it, and must not meet the id's next pod."""
+    netns = Path(record.netns)
+    with contextlib.suppress(FileNotFoundError, UklaunchError):
+        if record.bridge or record.own_clsact or record.adopted:
+            net.detach_loopback(netns, own_clsact=record.own_clsact)
+            if record.adopted and record.uplink_link:
+                net.detach_uplink(netns, record.uplink_link, own_clsact=record.own_uplink_clsact)
+
+
+def _remove_namespace(record: state.PodRecord) -> None:
+    """An adopted one stays, as it was before."""
+    netns = Path(record.netns)
+    if not record.adopted:
+        net.delete_netns(netns)
+    elif netns.exists():
+        if bridge := net.link_indexes(netns).get(net.BRIDGE):
+            net.delete_link(netns, bridge)
+        net.write_sysctls(netns, dict(reversed(record.saved_sysctls.items())))
+    mark("namespace-gone")
+
+
+def _remove_rows(record: state.PodRecord) -> None:
+    if record.id:
+        router.remove_pod(record.id)
+    mark("pod-row-gone")
 
 
 def create(
@@ -390,17 +414,21 @@ class Membership:
             record = state.read_pod(name)
             if record is None or self.record.id not in (0, record.id):
                 return  # the pod has gone, and perhaps another has its name
-            mark("leave")
-            if self.ifindex and record.id:
-                with open_router() as table:
-                    reset.reset(Path(record.netns), table.remove_guest(record.id, self.ifindex))
-            mark("guest-row-gone")
-            # Our guest is none of them, for its locks are released; one of its name is another's, who came before us.
-            others = running_guests(name)
-            if not others and (record.ephemeral or not record.bridge):
-                _remove(record)
-            elif self.ifindex:  # else another guest of this name may run, which is why we leave
-                uplink.forget_guests(record, [guest.name for guest in others])
+            try_all(partial(mark, "leave"), partial(self._remove_row, record), partial(self._leave_pod, record))
+
+    def _remove_row(self, record: state.PodRecord) -> None:
+        if self.ifindex and record.id:
+            with open_router() as table:
+                reset.reset(Path(record.netns), table.remove_guest(record.id, self.ifindex))
+        mark("guest-row-gone")
+
+    def _leave_pod(self, record: state.PodRecord) -> None:
+        # Our guest is none of them, for its locks are released; one of its name is another's, who came before us.
+        others = running_guests(record.name)
+        if not others and (record.ephemeral or not record.bridge):
+            _remove(record)
+        elif self.ifindex:  # else another guest of this name may run, which is why we leave
+            uplink.forget_guests(record, [guest.name for guest in others])
 
 
 def rejoin(guest: state.GuestRecord, tap_fd: int, ports: tuple[Port, ...], mtu: int) -> Membership:

@@ -56,12 +56,15 @@ def cmd_gc(args: argparse.Namespace) -> int:
     from .. import control
 
     require_root()
-    done = list(control.collect(kill=args.kill))
-    if args.json:
-        print_json([asdict(item) for item in done])
-    else:
-        for item in done:
-            print(f"{item.what} {item.name}: {item.action}")
+    done = []
+    try:
+        for item in control.collect(kill=args.kill):
+            done.append(asdict(item))
+            if not args.json:
+                print(f"{item.what} {item.name}: {item.action}", flush=True)
+    finally:
+        if args.json:
+            print_json(done)
     return ExitCode.OK
 
 

@@ -384,6 +384,22 @@ def test_gc_after_a_crash_half_way(outside: Path) -> None:
     assert traces("uplink-half", record.id) == []
 
 
+def test_gc_does_what_it_can(outside: Path) -> None:
+    record = pod.create("uplink-half")
+    state.write_pod(replace(record, bridge=0))
+    damaged = state.guest_dir("elsewhere", "damaged")
+    damaged.mkdir(parents=True)
+    try:
+        (damaged / "guest.json").write_text("{")
+        result = uklaunch("gc")
+        assert (result.returncode, "guest.json is damaged" in result.stderr) == (125, True), shown(result)
+        assert result.stdout == "pod uplink-half: nobody's any more; removed\n"
+        assert traces("uplink-half", record.id) == []
+    finally:
+        state.forget_guest("elsewhere", "damaged")
+        state.forget_unknown_pods()
+
+
 def test_gc_after_the_record_is_lost(outside: Path) -> None:
     record = pod.create("uplink-lost", publish=[Publish.parse(f"{next(ports)}:80")])
     state.forget_pod("uplink-lost")
