@@ -300,9 +300,10 @@ class Guest:
                     async with trio.open_nursery() as tasks:
                         copied = trio.Event()
                         tasks.start_soon(self._copy_console, vmm, copied)
-                        tasks.start_soon(self._await_ready)
+                        tasks.start_soon(self._or_killed, vmm, self._await_ready)
                         if self.options.health is not None:
-                            tasks.start_soon(self._watch_health, self.options.health, tasks)
+                            watch = partial(self._watch_health, self.options.health, tasks)
+                            tasks.start_soon(self._or_killed, vmm, watch)
                         exit_code = await self._await_end(vmm, copied)
                         tasks.cancel_scope.cancel()
                 finally:
@@ -310,6 +311,15 @@ class Guest:
                     self._over.set()
         ready_s = time.time() - self.record.ready_at if self._up.is_set() and self.record.ready_at else 0.0
         return exit_code, ready_s
+
+    async def _or_killed(self, vmm: Vmm, watch: Callable[[], Awaitable[None]]) -> None:
+        """A guest does not outlive what watches it: nobody would know how it is."""
+        try:
+            await watch()
+        except Exception:
+            self._killed = True
+            vmm.kill()
+            raise
 
     # These two end when the VMM ends, which is sure to: cancelling them would only lose what they have to tell.
 

@@ -225,6 +225,22 @@ def test_a_supervisor_killed_while_it_stops(name: str, step: str, before: set[st
     runs_again(name, before)
 
 
+@pytest.mark.parametrize("action", ["raise", "EMFILE"])
+def test_a_guest_that_cannot_be_watched_is_ended(action: str, before: set[str]) -> None:
+    with launched(NEW, f"ready:{action}", "--rm") as process:
+        code, err = end(process)
+    assert (code, ("step 'ready'" if action == "raise" else "Too many open files") in err) == (125, True), err
+    assert not leaked(before)
+
+
+def test_a_supervisor_killed_when_its_guest_is_ready(before: set[str]) -> None:
+    with launched(NEW, "ready:SIGKILL", "--rm") as process:
+        assert end(process)[0] == -signal.SIGKILL
+    assert [item.action for item in control.collect()] == ["runs without a supervisor; left (--kill ends it)"]
+    clean_up(before)
+    runs_again(NEW, before)
+
+
 @pytest.mark.parametrize("step", ["vmm-exec", "qmp", "attached", "stop"])
 def test_supervisor_and_qemu_killed_together(step: str, before: set[str]) -> None:
     with launched(OLD, f"{STOP}{step}:SIGSTOP", "--rm") as process:
