@@ -1,7 +1,8 @@
 """What dies, and when: every step of a launch and of a stop fails once, the supervisor is killed there, QEMU is, both.
 
 Afterwards nothing is left, `uklaunch gc` has nothing more to do, the same names can be used again, and another guest
-of the pod has not noticed: a connection to it that was open before is open still, and carries what it carried.
+of the pod has not noticed: connections to it and from it that were open before are open still, and carry what they
+carried, and so does one between containers.
 
 A guest that is to die before it runs costs no boot. Those that do run are stopped where they begin to.
 """
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.boot
 OLD, NEW = "faults-old", "faults-new"  # the pod with the witness; one that comes and goes with its guest
 ECHO = """
 mkfifo /f; netcat -l 7 </f | cat >/f &
+mkfifo /g; (while :; do netcat localhost 9 </g | cat >/g; sleep 0.1; done) &
 until grep -q :0007 /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
 netcat -l 8; sleep 100000
 """
@@ -61,19 +63,36 @@ END = [*((OLD, step) for step in STOPPING), *((NEW, step) for step in (*STOPPING
 
 
 class Witness:
-    """A guest that runs all the while, and an open connection to it."""
+    """A guest that runs all the while, and open connections: to it, from it, and between two containers."""
 
-    def __init__(self, record: state.GuestRecord) -> None:
+    def __init__(self, record: state.GuestRecord, stack: contextlib.ExitStack) -> None:
         self.record = record
         netns = Path(state.get_pod(OLD).netns)
-        self.connection = net.in_netns(netns, partial(socket.socket, socket.AF_INET, socket.SOCK_STREAM))
-        self.connection.settimeout(20)
-        self.connection.connect(("127.0.0.1", 7))
+
+        def container() -> socket.socket:
+            sock = stack.enter_context(net.in_netns(netns, partial(socket.socket, socket.AF_INET, socket.SOCK_STREAM)))
+            sock.settimeout(20)
+            return sock
+
+        def listening(port: int) -> socket.socket:
+            sock = container()
+            sock.bind(("127.0.0.1", port))
+            sock.listen()
+            return sock
+
+        to_guest, to_container, servers = container(), container(), [listening(9), listening(10)]
+        to_guest.connect(("127.0.0.1", 7))
+        to_container.connect(("127.0.0.1", 10))
+        from_guest, from_container = (stack.enter_context(server.accept()[0]) for server in servers)
+        self.ends = [(to_guest, to_guest), (from_guest, from_guest), (to_container, from_container)]
+        for sock in (from_guest, from_container):
+            sock.settimeout(20)
 
     def check(self) -> None:
-        word = os.urandom(8)
-        self.connection.sendall(word)
-        assert self.connection.recv(8, socket.MSG_WAITALL) == word
+        for talker, listener in self.ends:
+            word = os.urandom(8)
+            talker.sendall(word)
+            assert listener.recv(8, socket.MSG_WAITALL) == word
         (now,) = [guest for guest in pod.running_guests(OLD) if guest.name == self.record.name]
         assert now == self.record
         with pod.open_router() as table:
@@ -85,9 +104,8 @@ def witness() -> Iterator[Witness]:
     run = ("run", "default", "--pod", OLD, "--name", "witness", "-d", "--rm", "--ready-port", "8", "--cmdline", ECHO)
     started = uklaunch(*run)
     assert started.returncode == 0, shown(started)
-    found = Witness(state.find_guest(f"{OLD}/witness"))
-    yield found
-    found.connection.close()
+    with contextlib.ExitStack() as stack:
+        yield Witness(state.find_guest(f"{OLD}/witness"), stack)
     stopped = uklaunch("stop", "-t", "0", f"{OLD}/witness")
     assert stopped.returncode == 0, shown(stopped)
     assert state.read_pod(OLD) is None
