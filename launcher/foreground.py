@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .state import GuestRecord
 
 STDIN, STDOUT = 0, 1
-STDIN_PATIENCE_S = 5
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -184,8 +183,6 @@ async def type_stdin(guest: Guest) -> None:
     """What is typed, or piped, into stdin goes to the guest's console, until either ends."""
     import trio
 
-    with trio.move_on_after(STDIN_PATIENCE_S):
-        await guest.ready.wait()  # a kernel that opens its console throws away what has come before
     while True:
         try:
             await trio.lowlevel.wait_readable(STDIN)

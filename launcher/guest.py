@@ -27,6 +27,7 @@ from .timeline import mark
 from .vmm.qemu import Vmm
 
 QUIT_TIMEOUT_S = 3.0
+CONSOLE_PATIENCE_S = 5.0  # for a guest that may poll its console, so that nobody can see whether it has opened it
 CONSOLE_TIMEOUT_S = 5.0  # for a reader of our output who does not read
 CRASHED = 134  # as a program that called abort(3)
 KILLED = 137  # as a program that got SIGKILL
@@ -81,6 +82,8 @@ class Guest:
     _over: trio.Event = field(default_factory=trio.Event)  # this run's VMM has ended
     _killed: bool = False
     _unhealthy: bool = False
+    _begun_at: float = 0.0  # by trio's clock; for us, who may have taken it over
+    _console_open: bool = False
 
     def __post_init__(self) -> None:
         self._restarts = Restarts(self.options.restart)
@@ -130,11 +133,16 @@ class Guest:
         )
 
     async def send(self, data: bytes) -> None:
-        """Type on the guest's console. Raises trio.BrokenResourceError when the guest is gone; what is typed while a
-        guest is being restarted is lost."""
+        """Type on the guest's console, as soon as it is open. Raises trio.BrokenResourceError when the guest is gone;
+        what is typed while a guest is being restarted is lost."""
         try:
-            if self._vmm is not None:
-                await self._vmm.console.send_all(data)
+            if (vmm := self._vmm) is not None:
+                if not self._console_open:
+                    patience_s = math.inf if self.boot.console_interrupts else CONSOLE_PATIENCE_S
+                    with contextlib.suppress(UklaunchError), trio.move_on_at(self._begun_at + patience_s):
+                        await vmm.console_open()
+                    self._console_open = self._vmm is vmm
+                await vmm.console.send_all(data)
         except trio.BrokenResourceError:
             if self.ended.is_set() or self.options.restart.mode is RestartMode.NO:
                 raise
@@ -295,6 +303,7 @@ class Guest:
                     await vmm.resume()
                     mark("resumed")
                 self._vmm, vmm.ours = vmm, True
+                self._begun_at, self._console_open = trio.current_time(), self.record.status == "ready"
                 begun()
                 try:
                     async with trio.open_nursery() as tasks:

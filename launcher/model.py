@@ -250,6 +250,7 @@ class Boot:
     nic: Nic
     guest_csum: bool = True
     powers_down: bool = True  # obeys an ACPI power button
+    console_interrupts: bool = False  # its driver for the serial port has it interrupt: a VMM sees when it is open
     tells_panics: bool = False  # has a driver for pvpanic, the device by which a VMM hears of them
     ipv6: bool | None = True  # will it answer to its IPv6 address? None: not known
 

@@ -41,6 +41,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,
         nic=nic,
+        console_interrupts=True,
         tells_panics=True,
     )
 

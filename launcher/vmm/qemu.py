@@ -38,6 +38,9 @@ OVERLAY_DIR = Path("/var/tmp")  # on disk, not in memory: a guest may write as m
 STDERR_LINES_KEPT = 20
 QMP_TIMEOUT_S = 30
 QMP_SOCKET, CONSOLE_SOCKET = "qmp.sock", "console.sock"
+CONSOLE_POLL_S = 0.05
+COM1_IER = 0x3F9  # the Interrupt Enable Register of a 16550, whose reading changes nothing
+IER_RECEIVED, IER_ALL = 0x1, 0xF
 
 MACHINES = {
     Machine.MICROVM: "microvm,acpi=on,pcie=off,rtc=on,pit=on,pic=on,isa-serial=on,usb=off,graphics=off",
@@ -326,10 +329,23 @@ class Vmm:
         answer: dict[str, Any] = await self._execute("query-status")
         return str(answer.get("status"))
 
-    async def _execute(self, command: str) -> Any:
+    async def console_open(self) -> None:
+        """Wait until the guest's driver has its serial port interrupt for what comes in, as it does when it opens it.
+
+        What comes before that is lost: Linux, for one, empties the FIFO then (serial8250_do_startup). QEMU has no event
+        for it, so the port is asked. A guest that polls its port never gets there. Raises UklaunchError.
+        """
+        while True:
+            said = await self._execute("human-monitor-command", {"command-line": f"i /xb {COM1_IER:#x}"})
+            enabled = int(str(said).rpartition("=")[2], 16)
+            if enabled & IER_RECEIVED and enabled != IER_ALL:  # all: the driver only looks what kind of port this is
+                return
+            await trio.sleep(CONSOLE_POLL_S)
+
+    async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         assert self._client is not None
         async with self._explained(f"QEMU did not do {command!r}"):
-            return await self._loop.run_aio_coroutine(self._client.execute(command))
+            return await self._loop.run_aio_coroutine(self._client.execute(command, arguments))
 
     async def connect(self, sock: socket.socket) -> None:
         """Wait until QEMU has set itself up. Raises UklaunchError if it cannot."""

@@ -90,6 +90,26 @@ def test_a_guests_exit_code_and_environment_are_its_own() -> None:
     assert "<it's $b> on n" in result.stdout
 
 
+def test_stdin_waits_until_the_guest_has_opened_its_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the host: QEMU stands still for longer than any patience, in the middle of the boot."""
+    steps = tmp_path / "steps"
+    monkeypatch.setenv("UKLAUNCH_TIMELINE", str(steps))
+    with attached("--name", "n", "--cmdline", "read -r word; echo it said $word") as process:
+        assert process.stdin is not None
+        process.stdin.write("hello\n")
+        process.stdin.close()
+        process.stdin = None
+        while not steps.exists() or "resumed " not in steps.read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        (record,) = state.guests(POD)
+        os.kill(record.vmm_pid, signal.SIGSTOP)
+        time.sleep(5.5)
+        os.kill(record.vmm_pid, signal.SIGCONT)
+        out, err = process.communicate(timeout=BOOT_TIMEOUT_S)
+    assert "it said hello" in out, out + err
+
+
 def test_stdin_reaches_the_guest_and_its_end_is_no_error() -> None:
     result = uklaunch("run", "default", "--pod", POD, "--rm", stdin="echo 6 times 7 is $((6*7)); exit 5\n")
     assert result.returncode == 5, shown(result)
