@@ -50,6 +50,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,
         nic=nic,
+        console_interrupts=True,
         ipv6=None,  # mainline has none, the branch `ipv6` has
     )
 
