@@ -1,7 +1,8 @@
 """What happened to pods and guests, one JSON object a line: written by whoever does it, read by `uklaunch events`.
 
     events.log          appended to under its own lock (see state.lock), which every line is written whole under
-    events.log.1        the one before, when that had grown to LIMIT_BYTES
+    events.log.1        the one before, when that had grown to LIMIT_BYTES; the first line of the next has the counts
+                        of all events until then
 
 An event is news, never the truth: that is in the records and the kernel. So one that cannot be written is let go.
 
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +25,13 @@ from . import state
 from .errors import UklaunchError
 
 LIMIT_BYTES = 1 << 20
+KINDS = ("created", "starting", "ready", "healthy", "unhealthy", "restarting", "taken over", "stopped", "removed")
 _IN_MODIFY, _IN_MOVED_TO, _IN_CREATE = 0x2, 0x80, 0x100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """`what`: created, starting, ready, healthy, unhealthy, restarting, taken over, stopped, removed.
-
-    `guest` None: the pod's.
-    """
+    """`what`: one of KINDS. `guest` None: the pod's."""
 
     time: float  # seconds since the epoch
     what: str
@@ -65,7 +65,30 @@ def note(what: str, pod: str, guest: str | None = None, **detail: Any) -> None:
             if written < len(line):  # the disk is full
                 os.ftruncate(fd, size)
         if size + written > LIMIT_BYTES:
-            path().replace(_older())
+            _begin_anew()
+
+
+def _begin_anew() -> None:
+    """Under the file's lock: who waits for it will see that it has been set aside."""
+    head = json.dumps({"counts": counts()}).encode() + b"\n"
+    new = path().with_suffix(".new")
+    new.unlink(missing_ok=True)
+    new.touch(mode=0o600)
+    new.write_bytes(head)
+    _older().unlink(missing_ok=True)
+    os.link(path(), _older())
+    new.replace(path())  # in one step: there is always a file to lock
+
+
+def counts() -> dict[str, int]:
+    """How often each kind of event has happened, since the state directory was made."""
+    found = Counter[str]()
+    with contextlib.suppress(FileNotFoundError):
+        head, *_ = lines = path().read_bytes().splitlines() or [b""]
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            found.update(json.loads(head)["counts"])
+        found.update(event.what for event in _parse(b"\n".join(lines)))
+    return dict(found)
 
 
 def _older() -> Path:

@@ -298,7 +298,11 @@ class Guest:
                 else:
                     # Not `update`: a guest that is known as "starting" has nothing to lose, as `gc` sees it.
                     self.record = state.update_guest(
-                        self.record, status="running", vmm_pid=vmm.pid, machine=vmm.machine.value
+                        self.record,
+                        status="running",
+                        vmm_pid=vmm.pid,
+                        machine=vmm.machine.value,
+                        resumed_at=time.time(),
                     )
                     await vmm.resume()
                     mark("resumed")

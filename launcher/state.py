@@ -118,6 +118,7 @@ class GuestRecord:
     restart: str = "no"  # the policy
     restarts: int = 0
     started_at: float
+    resumed_at: float | None = None  # when the present run began, as far as the guest knows
     ready_at: float | None = None
     exited_at: float | None = None
     exit_code: int | None = None  # of the last run that has ended, as is the reason

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 import router
 
-from .. import pod, state
+from .. import events, pod, state
 from ..errors import UklaunchError
 from .sample import GuestSample, PodSample, Traffic, sample_all
 
@@ -45,7 +45,9 @@ class _Pods(Collector):
             error.add_metric([], 1)
         yield error
         yield from _pod_metrics(samples)
-        yield from _guest_metrics(state.guests())
+        guests = state.guests()
+        yield from _guest_metrics(guests)
+        yield from _supervision_metrics(guests)
         yield from _process_metrics([(now.record.name, guest) for now in samples for guest in now.guests])
         yield from _traffic(
             "uklaunch_guest",
@@ -93,6 +95,42 @@ def _guest_metrics(records: Sequence[state.GuestRecord]) -> Iterator[Metric]:
         start.add_metric(labels, record.started_at)
         limit.add_metric(labels, record.memory_mib << 20)
     yield from (info, up, start, limit)
+
+
+def _supervision_metrics(records: Sequence[state.GuestRecord]) -> Iterator[Metric]:
+    """How guests fare. What is not known of a guest, or not asked, has no sample."""
+    restarts = CounterMetricFamily("uklaunch_guest_restarts", "Times the guest was started again.", labels=_GUEST)
+    health = GaugeMetricFamily(
+        "uklaunch_guest_health", "1 for what the guest's health check says.", labels=(*_GUEST, "state")
+    )
+    code = GaugeMetricFamily("uklaunch_guest_last_exit_code", "Exit code of the last run that ended.", labels=_GUEST)
+    reason = GaugeMetricFamily(
+        "uklaunch_guest_last_exit_reason", "1 for why the last run ended.", labels=(*_GUEST, "reason")
+    )
+    ready = GaugeMetricFamily(
+        "uklaunch_guest_ready_time_seconds", "When the guest was ready last, since the epoch.", labels=_GUEST
+    )
+    boot = GaugeMetricFamily(
+        "uklaunch_guest_boot_duration_seconds", "From the guest's start until it was ready.", labels=_GUEST
+    )
+    for record in records:
+        labels = [record.pod, record.name]
+        restarts.add_metric(labels, record.restarts)
+        if record.health is not None:
+            for name in ("starting", "healthy", "unhealthy"):
+                health.add_metric([*labels, name], record.health == name)
+        if record.exit_code is not None:
+            code.add_metric(labels, record.exit_code)
+        if record.reason is not None:
+            reason.add_metric([*labels, record.reason], 1)
+        if record.ready_at is not None:
+            ready.add_metric(labels, record.ready_at)
+            if record.resumed_at is not None and record.ready_at >= record.resumed_at:  # else of the run before
+                boot.add_metric(labels, record.ready_at - record.resumed_at)
+    happened = CounterMetricFamily("uklaunch_events", "What happened to pods and guests.", labels=["event"])
+    for what, count in {**dict.fromkeys(events.KINDS, 0), **events.counts()}.items():
+        happened.add_metric([what], count)
+    yield from (restarts, health, code, reason, ready, boot, happened)
 
 
 def _process_metrics(guests: Sequence[tuple[str, GuestSample]]) -> Iterator[Metric]:

@@ -63,6 +63,7 @@ def test_a_real_guest_is_looked_at(tmp_path: Path) -> None:
     assert 20 << 20 < web["memory_bytes"] < 1 << 30
     assert web["memory_limit_bytes"] == 96 << 20
     assert metrics["uklaunch_guest_up"] == 1
+    assert 0 < metrics["uklaunch_guest_boot_duration_seconds"] < PATIENCE_S
     assert metrics["uklaunch_guest_cpu_seconds_total"] >= web["cpu_s"]
     assert metrics["uklaunch_guest_transmit_packets_total"] > 0
     assert after["uklaunch_guest_up"] == 0

@@ -71,6 +71,24 @@ def test_who_follows_sees_everything_over_rotations(state_dir: Path, monkeypatch
     assert sum(path.stat().st_size for path in state_dir.glob("events.log*")) < 2 * 2200
 
 
+def test_events_are_counted_over_rotations(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "LIMIT_BYTES", 2000)
+    assert events.counts() == {}
+
+    def write(what: str) -> None:
+        for _ in range(EACH):
+            events.note(what, "p", "g")
+
+    threads = [threading.Thread(target=write, args=(what,)) for what in ("ready", "stopped")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert events.path().with_suffix(".log.1").exists()
+    assert events.counts() == {"ready": EACH, "stopped": EACH}
+    assert {path.stat().st_mode & 0o777 for path in state_dir.glob("events.log*")} == {0o600}
+
+
 # --- logs --since ---
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 import router
-from launcher import state
+from launcher import events, state
+from launcher.observe import metrics
 from launcher.observe.follow import FlowEvent, What, compare, event_line, heading
 from launcher.observe.graph import Graph, build
 from launcher.observe.ports import Known, port_rows, served_ports
@@ -313,3 +315,31 @@ def test_addresses_of_sockets_are_shown_together() -> None:
     assert ports["nginx", 80] == "127.0.0.1"
     assert ports["web", 80] == str(IPv6Address("::1"))
     assert ports["web", 81] == "any"
+
+
+def test_metrics_of_how_guests_fare(state_dir: Path) -> None:
+    fresh = guest(2, "fresh").record
+    state.write_guest(replace(fresh, pod="shop", exit_code=None, health=None))
+    state.write_guest(
+        replace(
+            fresh, name="tried", pod="shop", restarts=3, health="unhealthy", exit_code=134, reason="panicked",
+            ready_at=1000.5, resumed_at=999.25,
+        )
+    )  # fmt: skip
+    events.note("ready", "shop", "tried")
+    lines = {line for line in metrics.text().splitlines() if not line.startswith("#")}
+    tried = 'guest="tried",pod="shop"'
+    assert {
+        f"uklaunch_guest_restarts_total{{{tried}}} 3.0",
+        f'uklaunch_guest_health{{{tried},state="healthy"}} 0.0',
+        f'uklaunch_guest_health{{{tried},state="unhealthy"}} 1.0',
+        f"uklaunch_guest_last_exit_code{{{tried}}} 134.0",
+        f'uklaunch_guest_last_exit_reason{{{tried},reason="panicked"}} 1.0',
+        f"uklaunch_guest_ready_time_seconds{{{tried}}} 1000.5",
+        f"uklaunch_guest_boot_duration_seconds{{{tried}}} 1.25",
+        'uklaunch_events_total{event="ready"} 1.0',
+        'uklaunch_events_total{event="restarting"} 0.0',
+    } <= lines
+    of_fresh = {line.partition("{")[0] for line in lines if 'guest="fresh"' in line}
+    assert "uklaunch_guest_restarts_total" in of_fresh
+    assert not {name for name in of_fresh if "health" in name or "exit" in name or "ready" in name or "boot" in name}
