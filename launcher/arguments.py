@@ -198,6 +198,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--health-start", type=seconds, default=30.0, metavar="SECONDS", help="no failure counts before")
     run.add_argument("--take-over", action="store_true", help="if it runs without a supervisor, go on with that one")
     run.add_argument("--after", action="append", default=[], metavar="GUEST", help="wait until it is ready, or healthy")
+    run.add_argument("--watchdog", action="store_true", help="a device that the guest must attend to, or it has hung")
     run.add_argument("--rm", action="store_true", help="forget the guest and its console when it ends")
 
     supervise = add("supervise", "take over a guest that runs without a supervisor")

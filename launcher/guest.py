@@ -404,6 +404,8 @@ class Guest:
             return ExitReason.STOPPED, 0
         if vmm_code != 0:
             return ExitReason.VMM_FAILED, ExitCode.OURS
+        if qmp_reason == "watchdog":
+            return ExitReason.HUNG, CRASHED
         if own is not None:
             return ExitReason.POWERED_OFF, own
         if qmp_reason == "guest-panic":

@@ -227,6 +227,7 @@ class GuestSpec:
     cmdline: str | None = None  # None: the image's own
     ports: tuple[Port, ...] = ()
     mtu: int | None = None  # None: as its family has it
+    watchdog: bool = False  # a device that the guest must attend to, or it has hung
     nameservers: tuple[IPv4Address | IPv6Address, ...] = ()  # none: the pod's, see resolver.py
     search: tuple[str, ...] = ()  # domains that short names are looked up in
     resolver_options: tuple[str, ...] = ()  # of resolv.conf(5), such as `ndots:5`
@@ -252,6 +253,7 @@ class Boot:
     powers_down: bool = True  # obeys an ACPI power button
     console_interrupts: bool = False  # its driver for the serial port has it interrupt: a VMM sees when it is open
     tells_panics: bool = False  # has a driver for pvpanic, the device by which a VMM hears of them
+    watchdog: bool = False
     ipv6: bool | None = True  # will it answer to its IPv6 address? None: not known
 
 
@@ -261,6 +263,7 @@ class ExitReason(StrEnum):
     POWERED_OFF = "powered off"
     PANICKED = "panicked"
     RESET = "reset"
+    HUNG = "hung"  # so its watchdog found
     STOPPED = "stopped"  # by us, when asked
     KILLED = "killed"  # by us, when it would not stop
     UNHEALTHY = "unhealthy"  # and ended by us, to be started again

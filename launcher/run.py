@@ -220,7 +220,7 @@ def starter(
     directory: Path,
 ) -> tuple[Boot, StartVmm]:
     """What boots, and what starts a VMM for it, for each of its runs."""
-    boot = FAMILIES[spec.image.family].configure(spec, member.nic)
+    boot = replace(FAMILIES[spec.image.family].configure(spec, member.nic), watchdog=spec.watchdog)
     return boot, partial(
         VMMS[options.vmm],
         boot,

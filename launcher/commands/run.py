@@ -93,6 +93,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         cmdline=args.cmdline,
         ports=tuple(dict.fromkeys((*image.ports, *ports))),
         mtu=mtu,
+        watchdog=args.watchdog,
     )
     mark("args")
     return supervise(foreground.launch(spec, args), detach=args.detach)

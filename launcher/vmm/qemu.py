@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
-from ..errors import UklaunchError
+from ..errors import UklaunchError, UsageError
 from ..model import DEFAULT_MTU, Accel, Boot, Disk, Machine, format_mac
 from ..timeline import mark
 from . import sandbox
@@ -122,6 +122,8 @@ def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]
         args += _disk_arguments(number, disk, bus, boots=boot.kernel is None and number == 0)
     if boot.tells_panics and bus == "pci":
         args += ["-device", "pvpanic-pci"]
+    if boot.watchdog:
+        args += ["-device", "i6300esb", "-action", "watchdog=reset"]
     return args
 
 
@@ -352,7 +354,7 @@ class Vmm:
         from qemu.qmp import EventListener, QMPClient
 
         self._client = QMPClient("guest")
-        self._events = EventListener(("SHUTDOWN", "GUEST_PANICKED"))
+        self._events = EventListener(("SHUTDOWN", "GUEST_PANICKED", "WATCHDOG"))
         self._client.register_listener(self._events)
         async with self._explained("QEMU did not start" if not self.adopted else "QEMU does not answer"):
             await self._loop.run_aio_coroutine(self._client.connect(sock))
@@ -402,9 +404,10 @@ class Vmm:
         with trio.move_on_after(1):  # what QEMU wrote last is read, then its end of the socket
             await self._loop.run_aio_coroutine(hung_up())
         events = self._events.clear()
-        for event in events:
-            if event["event"] == "GUEST_PANICKED":
-                return "guest-panic"
+        said = {event["event"] for event in events}
+        for name, reason in (("GUEST_PANICKED", "guest-panic"), ("WATCHDOG", "watchdog")):
+            if name in said:  # a reset follows, which says less
+                return reason
         reasons = [event.get("data", {}).get("reason", "") for event in events]
         return str(reasons[-1]) if reasons else ""
 
@@ -431,10 +434,14 @@ def pick_machine(boot: Boot, accel: Accel) -> Machine:
     """The best of the guest's boards, but not microvm without KVM.
 
     Its only other clock is the PIT, against which a guest on a busy host fails to calibrate its CPU ("tsc: Unable to
-    calibrate against PIT"); it then hangs, often before it can say so.
+    calibrate against PIT"); it then hangs, often before it can say so. Nor with a watchdog, which needs PCI.
     """
-    suitable = [machine for machine in boot.machines if accel is Accel.KVM or machine is not Machine.MICROVM]
-    return (suitable or list(boot.machines))[0]
+    with_pci = [machine for machine in boot.machines if machine is not Machine.MICROVM]
+    if boot.watchdog and not with_pci:
+        raise UsageError("--watchdog: the watchdog is a PCI device, and this guest's board, microvm, has no PCI")
+    if accel is Accel.KVM and not boot.watchdog:
+        return boot.machines[0]
+    return (with_pci or boot.machines)[0]
 
 
 @contextlib.asynccontextmanager

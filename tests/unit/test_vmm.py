@@ -47,6 +47,14 @@ def test_a_board_with_pci_hears_of_panics() -> None:
     assert "pvpanic-pci" not in option(arguments(boot, Machine.MICROVM, Accel.KVM, FDS), "-device")
 
 
+def test_a_watchdog_needs_pci() -> None:
+    boot = replace(BOOT, watchdog=True)
+    assert pick_machine(boot, Accel.KVM) is Machine.Q35
+    assert "i6300esb" in option(arguments(boot, Machine.Q35, Accel.KVM, FDS), "-device")
+    with pytest.raises(UklaunchError, match="board, microvm, has no PCI"):
+        pick_machine(replace(boot, machines=(Machine.MICROVM,)), Accel.KVM)
+
+
 def test_a_guest_writes_to_an_overlay_and_a_whole_disk_boots() -> None:
     boot = replace(BOOT, kernel=None)
     disks = (DiskFds(base=8, qcow2=True, overlay=9), DiskFds(base=10, qcow2=False, overlay=None))
