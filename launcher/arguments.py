@@ -48,15 +48,16 @@ class Parser(argparse.ArgumentParser):
             return args
         from . import config
 
-        switches = (argparse._StoreTrueAction, argparse._HelpAction)
+        of_a_command = ("config", "detach", "no_wait", "rm", "take_over", "help")  # not of a guest
         options = {
             action.dest: config.Option(
                 flag=max(action.option_strings[:2], key=len),
                 many=isinstance(action, argparse._AppendAction),
                 path=action.type is Path,
+                switch=isinstance(action, argparse._StoreTrueAction),
             )
             for action in self._actions
-            if action.option_strings and action.dest != "config" and not isinstance(action, switches)
+            if action.option_strings and action.dest not in of_a_command
         }
         return [*config.arguments(given.config, options), *rest]
 

@@ -30,6 +30,7 @@ class Option:
     flag: str
     many: bool = False
     path: bool = False
+    switch: bool = False  # true or false
 
 
 def arguments(file: Path, options: Mapping[str, Option]) -> list[str]:
@@ -49,6 +50,10 @@ def arguments(file: Path, options: Mapping[str, Option]) -> list[str]:
     for key, value in values.items():
         if key == "image":
             found.append(_image(file, value))
+        elif key in known and known[key].switch:
+            if not isinstance(value, bool):
+                raise UsageError(f"{file}: {key} is neither true nor false")
+            found += [known[key].flag] if value else []
         elif key in known:
             found += (f"{known[key].flag}={text}" for text in _texts(file, key, value, known[key]))
         else:

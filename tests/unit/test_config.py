@@ -23,6 +23,7 @@ uplink = "none"
 stop_timeout = 2.5
 ready_port = 80
 restart = "always"
+watchdog = true
 """
 
 
@@ -34,7 +35,7 @@ def test_every_key(tmp_path: Path) -> None:
     assert (args.pod, args.name, args.memory, args.cpus, args.mtu) == ("shop", "web", "256M", 2, "9000")
     assert (args.expose, args.publish, args.env) == (["80", "53/udp"], ["8080:80"], ["MODE=edge", "LEVEL=3"])
     assert (args.cmdline, args.uplink, args.stop_timeout, args.ready_port) == ("--verbose serve", "none", 2.5, 80)
-    assert args.restart == "always"
+    assert (args.restart, args.watchdog) == ("always", True)
 
 
 def test_what_is_given_comes_after(tmp_path: Path) -> None:
@@ -53,6 +54,7 @@ def test_what_is_given_comes_after(tmp_path: Path) -> None:
         ("config = 'other.toml'", "config is unknown", "known are"),
         ("pod = ['a', 'b']", "pod is a list", "there is one"),
         ("pod = true", "pod is neither a text nor a number", ""),
+        ("watchdog = 'yes'", "watchdog is neither true nor false", ""),
         ("env = ['A=B']", "env is not a table", "KEY"),
         ("image = 3", "image is not a text", "image"),
         ("pod = ", "Invalid value", ""),
