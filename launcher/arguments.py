@@ -180,7 +180,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--cpus", type=int, metavar="N")
     run.add_argument("--expose", action="append", default=[], metavar="PORT[/udp]", help="a port that this guest has")
     run.add_argument("--mtu", metavar="BYTES", help="of the guest's link, up to 65535 (default: 1500; linux: 32768)")
-    run.add_argument("-e", "--env", action="append", default=[], metavar="KEY[=VALUE]")
+    run.add_argument(
+        "-e", "--env", action="append", default=[], metavar="KEY[=VALUE]", help="KEY alone: with our value"
+    )
+    run.add_argument(
+        "--env-file", action="append", default=[], type=Path, metavar="FILE", help="KEY=VALUE lines; `-`: from stdin"
+    )
     run.add_argument("--cmdline", help="what the guest runs, instead of what its image says")
     run.add_argument("--family", choices=[family.value for family in Family], help="instead of what the content says")
     run.add_argument("--vmm", choices=["qemu"], default="qemu")

@@ -1,13 +1,15 @@
 """What an image is, from its own bytes: never from its name. Reads; changes nothing.
 
+Each file is opened once (`ImageFile`). No other file is opened because an image names it: qcow2 disks with backing or
+data files are refused by their header, before any tool of QEMU's sees them.
+
 Sources: Documentation/arch/x86/boot.rst (bzImage); elf.h; xen/include/public/elfnote.h (PVH); the Multiboot
-specifications, 0.6.96 and 2.0.
+specifications, 0.6.96 and 2.0; docs/interop/qcow2.txt in QEMU's tree.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import stat
 import struct
@@ -19,9 +21,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from .errors import ImageError, ImageNotFound, UklaunchError, UsageError
+from .imagefile import ImageFile
 from .model import Family, Image, ImageFormat, Port, parse_memory_mib
 
 MANIFEST = "uklaunch.toml"
+MANIFEST_LIMIT_BYTES = 1 << 20
 HEAD_BYTES = 64 << 10
 SECTOR = 512
 PVH_NOTE = 18  # XEN_ELFNOTE_PHYS32_ENTRY
@@ -71,31 +75,29 @@ def identify(path: Path | str, family: Family | None = None) -> Image:
     """
     path = Path(path)
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(path.stat().st_mode):
             return _bundle(path.resolve(), family)
-        if not stat.S_ISREG(mode):
-            raise ImageError(f"{path} is a device, a pipe or a socket, not an image", "give a file or a directory")
-        image = _file(path.resolve())
+        image = _file(ImageFile(path.resolve()))
     except FileNotFoundError:
         raise ImageNotFound(f"there is no image {path}", "give a disk image, a kernel or a bundle") from None
     except NotADirectoryError:
         raise ImageNotFound(f"there is no image {path}", "a part of its path is a file") from None
     except OSError as exc:
         raise ImageError(f"cannot read {path}: {exc.strerror}") from exc
+    except ValueError:  # a NUL, which a configuration file can have in it
+        raise ImageNotFound(f"there is no image {str(path)!r}", "that is no name of a file") from None
     return image if family is None else replace(image, family=family)
 
 
-def _file(path: Path) -> Image:
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-        size = path.stat().st_size
-        if not head:
-            raise ImageError(f"{path} is empty")
-        if head.startswith(b"\x7fELF"):
-            return _elf(path, head, size)
-        if head[0x202:0x206] == b"HdrS" and head[0x1FE:0x200] == b"\x55\xaa":
-            return _bzimage(path, head, size)
+def _file(path: ImageFile) -> Image:
+    head = path.read(HEAD_BYTES)
+    size = path.size
+    if not head:
+        raise ImageError(f"{path} is empty")
+    if head.startswith(b"\x7fELF"):
+        return _elf(path, head, size)
+    if head[0x202:0x206] == b"HdrS" and head[0x1FE:0x200] == b"\x55\xaa":
+        return _bzimage(path, head, size)
     if head.startswith(QCOW2_MAGIC):
         return _disk(path, ImageFormat.QCOW2)
     if head[0x1FE:0x200] == b"\x55\xaa":
@@ -103,7 +105,7 @@ def _file(path: Path) -> Image:
     raise _stranger(path, head)
 
 
-def _stranger(path: Path, head: bytes) -> ImageError:
+def _stranger(path: ImageFile, head: bytes) -> ImageError:
     hint = "uklaunch boots OSv disks, PVH and multiboot kernels, bzImages and bundles"
     for offset, magic, what, remedy in _STRANGERS:
         if head[offset : offset + len(magic)] == magic:
@@ -113,24 +115,24 @@ def _stranger(path: Path, head: bytes) -> ImageError:
     return ImageError(f"{path} is of an unknown kind: it begins with {head[:8].hex(' ')}", hint)
 
 
-def _truncated(path: Path, what: str, wanted: int, size: int) -> ImageError:
+def _truncated(path: ImageFile, what: str, wanted: int, size: int) -> ImageError:
     return ImageError(f"{path} is truncated: its {what} reaches to byte {wanted}, the file has {size}", "copy it again")
 
 
 # --- kernels ---
 
 
-def _kernel(path: Path, format_: ImageFormat, family: Family) -> Image:
-    return Image(path=path, format=format_, family=family, kernel=path)
+def _kernel(path: ImageFile, format_: ImageFormat, family: Family) -> Image:
+    return Image(path=path.path, format=format_, family=family, kernel=path)
 
 
-def _bzimage(path: Path, head: bytes, size: int) -> Image:
+def _bzimage(path: ImageFile, head: bytes, size: int) -> Image:
     sectors = head[0x1F1] or 4
     paragraphs = struct.unpack_from("<I", head, 0x1F4)[0]  # of 16 bytes, protocol 2.04 and newer
     wanted = (sectors + 1) * SECTOR + paragraphs * 16
     if wanted > size:
         raise _truncated(path, "kernel", wanted, size)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with mmap.mmap(path.fd, 0, access=mmap.ACCESS_READ) as content:
         family = _family_of(content, size)  # OSv's vmlinuz.bin is a bzImage too
     return _kernel(path, ImageFormat.BZIMAGE, Family.LINUX if family is Family.GENERIC else family)
 
@@ -142,7 +144,7 @@ class _Segment:
     size: int
 
 
-def _elf(path: Path, head: bytes, size: int) -> Image:
+def _elf(path: ImageFile, head: bytes, size: int) -> Image:
     try:
         segments = list(_segments(head))
     except (struct.error, IndexError, OverflowError):
@@ -153,7 +155,7 @@ def _elf(path: Path, head: bytes, size: int) -> Image:
     for segment in segments:
         if segment.offset + segment.size > size:
             raise _truncated(path, "program", segment.offset + segment.size, size)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with mmap.mmap(path.fd, 0, access=mmap.ACCESS_READ) as content:
         if any(
             _has_pvh_note(content[segment.offset : segment.offset + min(segment.size, NOTES_LIMIT_BYTES)])
             for segment in segments
@@ -238,57 +240,71 @@ def _family_of(content: mmap.mmap, end: int) -> Family:
 
 
 @contextlib.contextmanager
-def _slice(path: Path, start: int, length: int) -> Iterator[tuple[BinaryIO, int]]:
+def _slice(path: ImageFile, start: int, length: int) -> Iterator[tuple[BinaryIO, int]]:
     """A part of a disk as its guest sees it: an open file, and where in it the part begins."""
     if not _is_qcow2(path):
-        with path.open("rb") as file:
+        with path.open() as file:
             yield file, start
         return
     with tempfile.NamedTemporaryFile(prefix="uklaunch-") as part:
         options = f"driver=raw,offset={start},size={length},file.driver=qcow2,file.file.driver=file"
-        name = str(path).replace(",", ",,")
-        _qemu_img(path, "convert", "-O", "raw", "--image-opts", f"{options},file.file.filename={name}", part.name)
+        _qemu_img(path, "convert", "-O", "raw", "--image-opts", f"{options},file.file.filename={path.link}", part.name)
         part.seek(0)
         yield cast(BinaryIO, part), 0
 
 
-def _read(path: Path, start: int, length: int) -> bytes:
+def _read(path: ImageFile, start: int, length: int) -> bytes:
     with _slice(path, start, length) as (file, at):
         file.seek(at)
         return file.read(length)
 
 
-def _qemu_img(path: Path, *words: str) -> str:
+def _qemu_img(path: ImageFile, *words: str) -> str:
     try:
-        return subprocess.run(["qemu-img", *words], check=True, capture_output=True, text=True).stdout
+        command = ["qemu-img", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, pass_fds=(path.fd,)).stdout
     except FileNotFoundError:
         raise UklaunchError("the command qemu-img is missing", "apt-get install qemu-utils") from None
     except subprocess.CalledProcessError as exc:
         why = (exc.stderr.strip() or "qemu-img gave no reason").splitlines()[-1].removeprefix("qemu-img: ")
+        why = why.replace(path.link, str(path))
         raise ImageError(f"{path} is damaged or cut off: {why}", "copy it again; see: qemu-img check") from exc
 
 
-def _qcow2_size(path: Path) -> int:
-    """Its disk's size in bytes. A disk that lives in other files too is refused: whose they are, its writer decides."""
-    info = json.loads(_qemu_img(path, "info", "--format", "qcow2", "--output", "json", str(path)))
-    if "backing-filename" in info:
+# Of a qcow2 header, big-endian: magic, version, backing file's offset and length, cluster bits, size, encryption.
+_QCOW2 = struct.Struct(">4sIQIIQI")
+_QCOW2_INCOMPATIBLE, _QCOW2_DATA_FILE = 72, 1 << 2  # where version 3 has its flags; this one
+
+
+def _qcow2_size(path: ImageFile) -> int:
+    """Its disk's size in bytes. A disk that lives in other files too is refused: whose they are, its writer decides.
+
+    That is read here: a tool which opens the disk might open those files before it tells of them.
+    """
+    head = path.read(_QCOW2_INCOMPATIBLE + 8)
+    if len(head) < _QCOW2_INCOMPATIBLE + 8:
+        raise ImageError(f"{path} is damaged or cut off: not even its header is whole", "copy it again")
+    _, version, backing, _, _, size, encryption = _QCOW2.unpack_from(head)
+    if version not in (2, 3):
+        raise ImageError(f"{path} is a qcow disk of version {version}", "convert it: qemu-img convert -O qcow2")
+    if backing:
         raise ImageError(f"{path} is an overlay over another image", "flatten it: qemu-img convert -O qcow2")
-    if "data-file" in info.get("format-specific", {}).get("data", {}):
+    flags = struct.unpack_from(">Q", head, _QCOW2_INCOMPATIBLE)[0]
+    if version == 3 and flags & _QCOW2_DATA_FILE:
         raise ImageError(f"{path} keeps its data in another file", "convert it: qemu-img convert -O qcow2")
-    if info.get("encrypted"):
+    if encryption:
         raise ImageError(f"{path} is encrypted", "convert it: qemu-img convert -O qcow2")
-    options = f"driver=qcow2,file.driver=file,file.filename={str(path).replace(',', ',,')}"
     try:
-        _qemu_img(path, "check", "--image-opts", options)
+        _qemu_img(path, "check", "--image-opts", f"driver=qcow2,file.driver=file,file.filename={path.link}")
     except ImageError as exc:
         # 3: clusters that nothing uses, which whoever was killed while writing leaves; they do no harm.
         if getattr(exc.__cause__, "returncode", None) != 3:
             raise
-    return int(info["virtual-size"])
+    return int(size)
 
 
-def _disk(path: Path, format_: ImageFormat) -> Image:
-    size = _qcow2_size(path) if format_ is ImageFormat.QCOW2 else path.stat().st_size
+def _disk(path: ImageFile, format_: ImageFormat) -> Image:
+    size = _qcow2_size(path) if format_ is ImageFormat.QCOW2 else path.size
     head = _read(path, 0, min(HEAD_BYTES, size))
     if head[0x1FE:0x200] != b"\x55\xaa":
         raise ImageError(f"{path} is a {format_} without a boot sector", "give a whole disk")
@@ -304,7 +320,7 @@ def _disk(path: Path, format_: ImageFormat) -> Image:
     else:
         family = Family.LINUX if _has_linux_partition(head) else Family.GENERIC
     return Image(
-        path=path,
+        path=path.path,
         format=format_,
         family=family,
         disks=(path,),
@@ -314,7 +330,7 @@ def _disk(path: Path, format_: ImageFormat) -> Image:
     )
 
 
-def _etc(path: Path, head: bytes, size: int) -> dict[str, bytes]:
+def _etc(path: ImageFile, head: bytes, size: int) -> dict[str, bytes]:
     """/etc of an OSv disk: of its root's ROFS in a partition, or of one that fills the disk."""
     from .guests import rofs
 
@@ -360,13 +376,13 @@ def _bundle(directory: Path, family: Family | None) -> Image:
 
     file = directory / MANIFEST
     try:
-        manifest = tomllib.loads(file.read_text())
+        manifest = tomllib.loads(ImageFile(file).read(MANIFEST_LIMIT_BYTES).decode())
     except FileNotFoundError:
         raise ImageError(
             f"{directory} is a directory without {MANIFEST}{_looks_like(directory)}",
             f"write one: kernel, initrd, cmdline, family, memory, ports; see README.md, {MANIFEST}",
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise UsageError(f"{file}: {exc}") from None
     return _Manifest(file, manifest).image(family)
 
@@ -396,6 +412,7 @@ class _Manifest:
         disks = self._paths("disks")
         if not kernel and not disks:
             raise UsageError(f"{self.file} names neither a kernel nor disks", "it must say what boots")
+        initrds = self._paths("initrd")
         booted = _file((kernel or disks)[0])
         if kernel and booted.kernel is None:
             raise self._bad("kernel", f"is a {booted.format}", "name it under disks")
@@ -414,7 +431,7 @@ class _Manifest:
             format=booted.format,
             family=family,
             kernel=kernel[0] if kernel else None,
-            initrds=self._paths("initrd"),
+            initrds=initrds,
             disks=disks,
             disks_qcow2=tuple(_is_qcow2(disk) for disk in disks),
             cmdline=self._text("cmdline") or (root.cmdline if root else booted.cmdline),
@@ -447,12 +464,23 @@ class _Manifest:
             raise self._bad(key, "is neither a text nor a list of texts")
         return values
 
-    def _paths(self, key: str) -> tuple[Path, ...]:
-        paths = tuple(self.file.parent / text for text in self._texts(key))
-        for path in paths:
-            if not path.is_file():
-                raise self._bad(key, f"names {path}, which is no file", "paths start at the bundle's directory")
-        return paths
+    def _paths(self, key: str) -> tuple[ImageFile, ...]:
+        return tuple(self._open(key, self.file.parent / text) for text in self._texts(key))
+
+    def _open(self, key: str, path: Path) -> ImageFile:
+        """The file. What a bundle names elsewhere must be everybody's to read: its author may be a stranger, and its
+        guest sees all of it."""
+        try:
+            file = ImageFile(path)
+        except (FileNotFoundError, NotADirectoryError, ImageError, ValueError):
+            raise self._bad(key, f"names {path}, which is no file", "paths start at the bundle's directory") from None
+        except OSError as exc:
+            raise self._bad(key, f"names {path}, which cannot be read: {exc.strerror}") from None
+        if not (Path(file.link).readlink().is_relative_to(self.file.parent) or _is_public(file)):
+            raise self._bad(
+                key, f"names {path}, outside the bundle, which not everybody may read", "copy it into the bundle"
+            )
+        return file
 
     def _memory_mib(self) -> int | None:
         if not (text := self._text("memory")):
@@ -487,20 +515,25 @@ class _Manifest:
         return value
 
 
+def _is_public(file: ImageFile) -> bool:
+    """May any user of this machine read it where it is?"""
+    parents = Path(file.link).readlink().parents
+    return bool(file.mode & stat.S_IROTH) and all(parent.stat().st_mode & stat.S_IXOTH for parent in parents)
+
+
 @dataclass(frozen=True, slots=True)
 class _OsvRoot:
     cmdline: str
     etc: dict[str, bytes]
 
 
-def _osv_root(path: Path) -> _OsvRoot:
+def _osv_root(path: ImageFile) -> _OsvRoot:
     """What the first disk of an OSv kernel tells: a usr.img its command line too, which its own loader would read."""
-    size = _qcow2_size(path) if _is_qcow2(path) else path.stat().st_size
+    size = _qcow2_size(path) if _is_qcow2(path) else path.size
     head = _read(path, 0, min(HEAD_BYTES, size))
     bootable = head[0x1FE:0x200] == b"\x55\xaa"
     return _OsvRoot(cmdline=(_osv_cmdline(head) or "") if bootable else "", etc=_etc(path, head, size))
 
 
-def _is_qcow2(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == QCOW2_MAGIC
+def _is_qcow2(path: ImageFile) -> bool:
+    return path.read(4) == QCOW2_MAGIC

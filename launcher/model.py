@@ -1,5 +1,5 @@
 """The nouns of uklaunch as frozen dataclasses and enums. No I/O, and no import of another module of ours
-but `errors`.
+but `errors` and, for its type, `imagefile`.
 
 Units are in the names. Addresses are `ipaddress` objects, MAC addresses six bytes.
 """
@@ -12,8 +12,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .imagefile import ImageFile
 
 GUEST_INDEX_MIN = 2
 GUEST_INDEX_MAX = 254
@@ -189,7 +193,7 @@ class Disk:
     content as the guest sees it.
     """
 
-    source: Path | bytes
+    source: ImageFile | bytes
     qcow2: bool = False
     readonly: bool = False
     patches: tuple[tuple[int, bytes], ...] = ()
@@ -202,9 +206,9 @@ class Image:
     path: Path
     format: ImageFormat
     family: Family
-    kernel: Path | None = None  # None: a whole disk that boots by its own boot sector
-    initrds: tuple[Path, ...] = ()
-    disks: tuple[Path, ...] = ()
+    kernel: ImageFile | None = None  # None: a whole disk that boots by its own boot sector
+    initrds: tuple[ImageFile, ...] = ()
+    disks: tuple[ImageFile, ...] = ()
     disks_qcow2: tuple[bool, ...] = ()
     cmdline: str = ""  # the image's own: its manifest's, or the one found inside it
     etc: Mapping[str, bytes] = field(default_factory=dict)  # files of an OSv image's /etc, which a disk of ours hides
@@ -241,8 +245,8 @@ class Boot:
     best first. `guest_csum` False: the guest mistakes partial checksums for errors.
     """
 
-    kernel: Path | None
-    initrds: tuple[Path | bytes, ...] = ()
+    kernel: ImageFile | None
+    initrds: tuple[ImageFile | bytes, ...] = ()
     cmdline: str = ""
     disks: tuple[Disk, ...] = ()
     machines: tuple[Machine, ...] = (Machine.Q35,)

@@ -181,7 +181,8 @@ def write_file(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        new.write_text(text)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
+            file.write(text)
         new.replace(path)
     except OSError as exc:
         with contextlib.suppress(OSError):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import capabilities, control, foreground, state
+from .. import capabilities, control, environment, foreground, state
 from ..arguments import DEFAULT_BUNDLE
 from ..errors import ImageNotFound, UklaunchError, UsageError, first_error
 from ..model import Family, Port, check_name, parse_memory_mib, parse_mtu
@@ -43,18 +41,6 @@ def default_name(image: Path, pod: str) -> str:
     return name
 
 
-def parse_env(pairs: Sequence[str]) -> dict[str, str]:
-    env = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            raise UsageError(f"-e {pair!r}: {key!r} is not a variable's name", "write it as -e KEY=VALUE")
-        if not equals and key not in os.environ:
-            raise UsageError(f"-e {key}: no value, and {key} is not in our own environment", f"-e {key}=VALUE")
-        env[key] = value if equals else os.environ[key]
-    return env
-
-
 def cmd_run(args: argparse.Namespace) -> int:
     """All that can be wrong with the arguments is found here, before anything is made."""
     from ..image import identify
@@ -68,7 +54,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     args.publish = parse_publish(args)
     memory_mib = parse_memory_mib(args.memory) if args.memory else None
     mtu = parse_mtu(args.mtu) if args.mtu else None
-    env = parse_env(args.env)
+    env = environment.collect(args.env_file, args.env)
+    environment.hide(args.env)
     if args.cpus is not None and not 1 <= args.cpus <= 255:
         raise UsageError(f"--cpus {args.cpus} is not between 1 and 255")
     from ..restart import RestartPolicy
@@ -77,6 +64,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     args.health = parse_health(args) if args.health else None
     args.after = [check_name("guest", other) for other in args.after]
     image = identify(path, Family(args.family) if args.family else None)
+    environment.check(env := {**image.env, **env})
+    environment.check_text("--cmdline", args.cmdline or "")
     if args.take_over and not args.name:
         raise UsageError("--take-over: of which guest?", "name it: --name")
     name = check_name("guest", args.name) if args.name else default_name(path, args.pod)
@@ -89,7 +78,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         image=image,
         memory_mib=memory_mib or image.memory_mib or DEFAULT_MEMORY_MIB,
         cpus=args.cpus or image.cpus or 1,
-        env={**image.env, **env},
+        env=env,
         cmdline=args.cmdline,
         ports=tuple(dict.fromkeys((*image.ports, *ports))),
         mtu=mtu,

@@ -14,7 +14,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
         kernel=image.kernel,
         initrds=image.initrds,
         cmdline=spec.cmdline if spec.cmdline is not None else image.cmdline,
-        disks=tuple(Disk(source=path, qcow2=qcow2) for path, qcow2 in zip(image.disks, image.disks_qcow2, strict=True)),
+        disks=tuple(Disk(source=file, qcow2=qcow2) for file, qcow2 in zip(image.disks, image.disks_qcow2, strict=True)),
         machines=(Machine.Q35,),
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,

@@ -60,7 +60,7 @@ def _from_disk(spec: GuestSpec, nic: Nic) -> Boot:
 
 def _disks(spec: GuestSpec) -> tuple[Disk, ...]:
     disks = zip(spec.image.disks, spec.image.disks_qcow2, strict=True)
-    return tuple(Disk(source=path, qcow2=qcow2) for path, qcow2 in disks)
+    return tuple(Disk(source=file, qcow2=qcow2) for file, qcow2 in disks)
 
 
 def overlay(spec: GuestSpec, nic: Nic, command: str) -> bytes:

@@ -33,7 +33,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
     return Boot(
         kernel=image.kernel,
         cmdline=" ".join([*words, spec.cmdline or image.cmdline]).strip(),
-        disks=tuple(Disk(source=path, qcow2=qcow2) for path, qcow2 in zip(image.disks, image.disks_qcow2, strict=True)),
+        disks=tuple(Disk(source=file, qcow2=qcow2) for file, qcow2 in zip(image.disks, image.disks_qcow2, strict=True)),
         machines=(Machine.Q35,),
         memory_mib=spec.memory_mib,
         cpus=spec.cpus,

@@ -30,7 +30,7 @@ def configure(spec: GuestSpec, nic: Nic) -> Boot:
     image = spec.image
     if nic.mtu != DEFAULT_MTU:
         raise UsageError(f"--mtu {nic.mtu}: OSv's network cards have an MTU of {DEFAULT_MTU}", "leave out --mtu")
-    disks = [Disk(source=path, qcow2=qcow2) for path, qcow2 in zip(image.disks, image.disks_qcow2, strict=True)]
+    disks = [Disk(source=file, qcow2=qcow2) for file, qcow2 in zip(image.disks, image.disks_qcow2, strict=True)]
     cmdline = command_line(spec, nic, etc_disk=len(disks))
     if image.kernel is None:
         patch = (CMDLINE_OFFSET, cmdline.encode() + b"\0")

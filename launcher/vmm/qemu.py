@@ -3,7 +3,12 @@
 QEMU gets every descriptor ready-made (TAP, QMP and console sockets, image files) and so needs nothing: it runs
 in a sandbox (see there), under seccomp. It starts paused, so that it can load while the pod is being made.
 
-Sources: qemu-system-x86_64(1), docs/system/i386/microvm.rst, docs/interop/qmp-spec.rst.
+A kernel's command line may hold its guest's environment, and arguments are for all to read in /proc: so it is told by
+QMP, before the board is made (`--preconfig`; the machine's property `append` is what `-append` sets). Not by
+`-readconfig`: that takes lines of up to 1,023 bytes, and no quotes.
+
+Sources: qemu-system-x86_64(1), docs/system/i386/microvm.rst, docs/interop/qmp-spec.rst, qapi/misc.json (`qom-set` and
+`x-exit-preconfig` were tried with QEMU 7.2 and 10.0).
 """
 
 from __future__ import annotations
@@ -14,10 +19,7 @@ import os
 import shutil
 import signal
 import socket
-import stat
-import subprocess
-import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,16 +27,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 from ..errors import UklaunchError, UsageError
-from ..model import DEFAULT_MTU, Accel, Boot, Disk, Machine, format_mac
+from ..model import DEFAULT_MTU, Accel, Boot, Machine, format_mac
 from ..timeline import mark
 from . import sandbox
 from .accel import KVM
+from .files import DiskFds, Fds, Opened, missing, open_fds
 
 if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient
 
 BINARY = "qemu-system-x86_64"
-OVERLAY_DIR = Path("/var/tmp")  # on disk, not in memory: a guest may write as much as its disk holds
 STDERR_LINES_KEPT = 20
 QMP_TIMEOUT_S = 30
 QMP_SOCKET, CONSOLE_SOCKET = "qmp.sock", "console.sock"
@@ -48,37 +50,6 @@ MACHINES = {
     Machine.PC: "pc,usb=off,smbus=off,vmport=off",
     Machine.Q35: "q35,usb=off,smbus=off,sata=off,vmport=off",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskFds:
-    """Descriptors of one disk: `base` read-only, `overlay` (qcow2, read-write) over it if the guest may write."""
-
-    base: int
-    qcow2: bool
-    overlay: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fds:
-    """All that QEMU gets beside its argument list."""
-
-    tap: int
-    qmp: int
-    console: int
-    kernel: int | None = None
-    initrd: int | None = None
-    disks: tuple[DiskFds, ...] = ()
-
-    def all(self) -> list[int]:
-        optional = [self.kernel, self.initrd, *(disk.overlay for disk in self.disks)]
-        return [
-            self.tap,
-            self.qmp,
-            self.console,
-            *(disk.base for disk in self.disks),
-            *(fd for fd in optional if fd is not None),
-        ]
 
 
 def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]:
@@ -115,7 +86,7 @@ def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds) -> list[str]
         args += ["-global", "virtio-mmio.force-legacy=off"]
     # QEMU opens these by name: /proc/self/fd opens what the descriptor is, whatever is at its path by now.
     if fds.kernel is not None:
-        args += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", boot.cmdline]
+        args += ["-kernel", f"/proc/self/fd/{fds.kernel}", "--preconfig"]  # its command line: see `connect`
     if fds.initrd is not None:
         args += ["-initrd", f"/proc/self/fd/{fds.initrd}"]
     for number, disk in enumerate(fds.disks):
@@ -149,92 +120,6 @@ def _disk_arguments(number: int, disk: DiskFds, bus: str, *, boots: bool) -> Ite
         yield from file_node(f"{top}-file", disk.overlay, 2 * number + 2, read_only=False)
         yield from blockdev(driver="qcow2", node_name=top, file=f"{top}-file", backing=base)
     yield from ("-device", f"virtio-blk-{bus},drive={top}" + (",bootindex=0" if boots else ""))
-
-
-# --- descriptors ---
-
-
-class _Opened(contextlib.ExitStack):
-    """The descriptors that QEMU will inherit; ours are closed when the block ends."""
-
-    def keep(self, fd: int) -> int:
-        self.callback(os.close, fd)
-        return fd
-
-    def bytes(self, name: str, parts: Iterable[Path | bytes], align: int = 1) -> int:
-        """A file in memory that holds the parts, each padded to a multiple of `align` bytes."""
-        fd = self.keep(os.memfd_create(name))
-        with open(fd, "wb", closefd=False) as out:
-            for part in parts:
-                if isinstance(part, Path):
-                    with part.open("rb") as source:
-                        shutil.copyfileobj(source, out, 1 << 20)
-                else:
-                    out.write(part)
-                out.write(bytes(-out.tell() % align))
-        return self.file(Path(f"/proc/self/fd/{fd}"))  # read-only: QEMU's fdsets tell the two apart
-
-    def file(self, path: Path) -> int:
-        return self.keep(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-
-    def readable(self, path: Path) -> int:
-        """The file, for QEMU to open again by itself: as it is if anyone may read it, else a copy in memory."""
-        fd = self.file(path)
-        return fd if os.fstat(fd).st_mode & stat.S_IROTH else self.bytes(path.name, [path])
-
-    def disk(self, disk: Disk) -> DiskFds:
-        source = disk.source
-        base = self.bytes("disk", [source], 512) if isinstance(source, bytes) else self.file(source)
-        overlay = None if disk.readonly else self.overlay(base, disk)
-        return DiskFds(base=base, qcow2=disk.qcow2, overlay=overlay)
-
-    def overlay(self, base: int, disk: Disk) -> int:
-        """A nameless qcow2 over the disk, with the patches written into it: it goes when QEMU goes."""
-        fd = self.keep(os.open(OVERLAY_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        path, backing = f"/proc/self/fd/{fd}", f"/proc/self/fd/{base}"
-        layout = "qcow2" if disk.qcow2 else "raw"
-        commands = [["qemu-img", "create", "-q", "-f", "qcow2", "-F", layout, "-b", backing, path]]
-        with contextlib.ExitStack() as patches:
-            for offset, content in disk.patches:
-                file = patches.enter_context(tempfile.NamedTemporaryFile())
-                file.write(content)
-                file.flush()
-                write = f"write -q -s {file.name} {offset} {len(content)}"
-                commands.append(["qemu-io", "-f", "qcow2", "-c", write, path])
-            for command in commands:
-                try:
-                    subprocess.run(command, check=True, capture_output=True, text=True, pass_fds=(fd, base))
-                except FileNotFoundError:
-                    raise _missing(command[0], "qemu-utils") from None
-                except subprocess.CalledProcessError as exc:
-                    raise UklaunchError(
-                        f"{command[0]} cannot lay an overlay over the image",
-                        "is the image damaged? see: qemu-img check",
-                        exc.stderr or exc.stdout,
-                    ) from exc
-        return fd
-
-
-def _missing(command: str, package: str) -> UklaunchError:
-    return UklaunchError(f"the command {command} is missing", f"apt-get install {package}")
-
-
-def open_fds(opened: _Opened, boot: Boot, tap: int, qmp: int, console: int) -> Fds:
-    kernel = initrd = None
-    if boot.kernel is not None:
-        kernel = opened.readable(boot.kernel)
-    if len(boot.initrds) == 1 and isinstance(boot.initrds[0], Path):
-        initrd = opened.readable(boot.initrds[0])
-    elif boot.initrds:
-        initrd = opened.bytes("initrd", boot.initrds, 4)
-    return Fds(
-        tap=tap,
-        qmp=qmp,
-        console=console,
-        kernel=kernel,
-        initrd=initrd,
-        disks=tuple(opened.disk(disk) for disk in boot.disks),
-    )
 
 
 # --- the process ---
@@ -349,17 +234,25 @@ class Vmm:
         async with self._explained(f"QEMU did not do {command!r}"):
             return await self._loop.run_aio_coroutine(self._client.execute(command, arguments))
 
-    async def connect(self, sock: socket.socket) -> None:
-        """Wait until QEMU has set itself up. Raises UklaunchError if it cannot."""
+    async def connect(self, sock: socket.socket, boot: Boot | None) -> None:
+        """Wait until QEMU has set itself up, when it has been told its kernel's command line (if `boot` is given: it is
+        new). Raises UklaunchError if it cannot."""
         from qemu.qmp import EventListener, QMPClient
 
         self._client = QMPClient("guest")
         self._events = EventListener(("SHUTDOWN", "GUEST_PANICKED", "WATCHDOG"))
         self._client.register_listener(self._events)
+        client = self._client
+
+        async def set_up() -> None:
+            await client.connect(sock)
+            if boot is not None and boot.kernel is not None:
+                await client.execute("qom-set", {"path": "/machine", "property": "append", "value": boot.cmdline})
+                await client.execute("x-exit-preconfig")
+            await client.execute("query-status")  # the greeting can come before QEMU gives up on, say, a bad CPU model
+
         async with self._explained("QEMU did not start" if not self.adopted else "QEMU does not answer"):
-            await self._loop.run_aio_coroutine(self._client.connect(sock))
-        # The greeting can come before QEMU gives up on, say, a bad CPU model.
-        await self.status()
+            await self._loop.run_aio_coroutine(set_up())
 
     @contextlib.asynccontextmanager
     async def _explained(self, what: str) -> AsyncIterator[None]:
@@ -455,10 +348,10 @@ async def run_qemu(
     """
     binary = shutil.which(BINARY)
     if binary is None:
-        raise _missing(BINARY, "qemu-system-x86")
+        raise missing(BINARY, "qemu-system-x86")
     machine = pick_machine(boot, accel)
     async with contextlib.AsyncExitStack() as stack:
-        with contextlib.ExitStack() as theirs, _Opened() as opened:
+        with contextlib.ExitStack() as theirs, Opened() as opened:
             qmp, console = (theirs.enter_context(_listening(directory, name)) for name in (QMP_SOCKET, CONSOLE_SOCKET))
             # It will find us waiting.
             qmp_ours, console_ours = (
@@ -475,7 +368,7 @@ async def run_qemu(
         vmm = Vmm(process, machine, _stream(console_ours), command)
         stack.push_async_callback(_reap, vmm)
         mark("vmm-exec")
-        async with _attended(vmm, process.stderr, qmp_ours):
+        async with _attended(vmm, process.stderr, qmp_ours, boot):
             mark("qmp")
             yield vmm
 
@@ -501,7 +394,7 @@ async def adopt_qemu(
             stderr = trio.lowlevel.FdStream(os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as exc:
             raise UklaunchError(f"QEMU (pid {pid}) has just ended: {exc.strerror}") from None
-        async with _attended(vmm, await stack.enter_async_context(stderr), qmp):
+        async with _attended(vmm, await stack.enter_async_context(stderr), qmp, None):
             if (status := await vmm.status()) in ("prelaunch", "inmigrate"):
                 raise UklaunchError(f"QEMU (pid {pid}) was never let run: it is in state {status!r}")
             try:
@@ -512,7 +405,9 @@ async def adopt_qemu(
 
 
 @contextlib.asynccontextmanager
-async def _attended(vmm: Vmm, stderr: trio.abc.ReceiveStream | None, qmp: socket.socket) -> AsyncIterator[None]:
+async def _attended(
+    vmm: Vmm, stderr: trio.abc.ReceiveStream | None, qmp: socket.socket, boot: Boot | None
+) -> AsyncIterator[None]:
     """With what it says collected, and its QMP session begun."""
     assert stderr is not None
     async with contextlib.AsyncExitStack() as stack:
@@ -522,7 +417,7 @@ async def _attended(vmm: Vmm, stderr: trio.abc.ReceiveStream | None, qmp: socket
 
         vmm._loop = await stack.enter_async_context(open_loop())
         stack.push_async_callback(vmm.disconnect)
-        await vmm.connect(qmp)
+        await vmm.connect(qmp, boot)
         yield
         nursery.cancel_scope.cancel()
 

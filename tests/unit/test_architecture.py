@@ -17,7 +17,7 @@ LAYERS = (
     {"cli", "__main__"},
     {"commands"},
     {"foreground", "demo", "doctor", "control", "bundle", "arguments", "observe"},
-    {"notify", "config"},
+    {"notify", "config", "environment"},
     {"takeover", "container"},
     {"run"},
     {"runfile"},
@@ -32,6 +32,7 @@ LAYERS = (
     {"state"},
     {"health"},
     {"model", "timeline", "restart", "fault", "threads", "capabilities"},
+    {"imagefile"},
     {"errors"},
 )
 ONLY_IMPORTER = {

@@ -62,7 +62,7 @@ def render(boot: Boot, tmp_path: Path) -> str:
 
     def shown(value: object) -> str:
         if isinstance(value, Disk):
-            source = value.source if isinstance(value.source, Path) else _rofs_text(value.source)
+            source = _rofs_text(value.source) if isinstance(value.source, bytes) else value.source
             patches = "".join(f"\n  at {offset}: {data!r}" for offset, data in value.patches)
             return f"disk qcow2={value.qcow2} readonly={value.readonly} {source}{patches}"
         if isinstance(value, bytes):
@@ -190,7 +190,7 @@ def test_a_linux_kernel_has_the_disks_of_its_bundle(tmp_path: Path) -> None:
     (tmp_path / "data.img").write_bytes(bytes(512))
     (tmp_path / "uklaunch.toml").write_text("kernel = 'vmlinuz'\ndisks = ['data.img']")
     boot = linux.configure(GuestSpec(name="web", pod="p", image=identify(tmp_path)), NIC)
-    assert boot.disks == (Disk(source=tmp_path / "data.img"),)
+    assert [str(disk.source) for disk in boot.disks] == [str(tmp_path / "data.img")]
 
 
 def test_a_linux_disk_gets_a_nocloud_seed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_an_osv_disk_tells_its_command_line_and_its_etc(as_qcow2: bool, tmp_path
     image = identify(path)
     assert image.cmdline == CMDLINE
     assert image.etc == ETC
-    assert image.disks == (path,)
+    assert [file.path for file in image.disks] == [path]
     assert image.disks_qcow2 == (as_qcow2,)
 
 
@@ -202,12 +203,13 @@ def test_a_whole_manifest(tmp_path: Path) -> None:
         A = "b"
         """,
     )
-    assert identify(directory) == Image(
+    image = identify(directory)
+    assert image.kernel is not None
+    assert (image.kernel.path, [file.path for file in image.initrds]) == (directory / "vmlinuz", [directory / "initrd"])
+    assert replace(image, kernel=None, initrds=()) == Image(
         path=directory,
         format=ImageFormat.BZIMAGE,
         family=Family.LINUX,
-        kernel=directory / "vmlinuz",
-        initrds=(directory / "initrd",),
         cmdline="httpd -f",
         env={"A": "b"},
         memory_mib=96,

@@ -1,0 +1,78 @@
+"""A file of an image, opened once: what was looked at is what runs, whatever becomes of its path meanwhile.
+
+All else is derived from the descriptor: headers, digest, overlays, what QEMU gets, and the next run of a guest that is
+started again. A change inside the very file shows by its size and time of modification; who may write a file can
+hide even that, so a digest says something of a file that nobody but root may write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import weakref
+from io import BufferedReader
+from pathlib import Path
+
+from .errors import ImageError
+
+
+class ImageFile:
+    """A regular file, open for reading; `path` is where it was found, for people.
+
+    Closed when nobody holds it any more, as Python's own files are: images are handed on, to a fork and to a guest that
+    may start again after years, and whoever may still run one holds it.
+    """
+
+    __slots__ = ("__weakref__", "_stamp", "fd", "path")
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, and ImageError for what is no regular file: such is not even opened, for a device or a pipe
+        may do something, or nothing ever, when it is."""
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(place).st_mode):
+                raise ImageError(f"{path} is a device, a pipe or a directory, not an image", "give a file")
+            self.fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(place)
+        self.path = path
+        weakref.finalize(self, os.close, self.fd)
+        self._stamp = self._now()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self.fd)  # not ctime: that changes when the file is renamed, or replaced by another
+        return found.st_size, found.st_mtime_ns
+
+    @property
+    def link(self) -> str:
+        """A path by which whoever inherits the descriptor can open the file anew."""
+        return f"/proc/self/fd/{self.fd}"
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    @property
+    def mode(self) -> int:
+        return os.fstat(self.fd).st_mode
+
+    def read(self, length: int, offset: int = 0) -> bytes:
+        return os.pread(self.fd, length, offset)
+
+    def open(self) -> BufferedReader:
+        """The file with a position of its own, to be closed by the caller."""
+        return Path(self.link).open("rb")
+
+    def sha256(self) -> str:
+        """Of the whole file, in hexadecimal; some 0.5 ms a MiB where the CPU has instructions for it."""
+        with self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check(self) -> None:
+        """Raises ImageError if the file has been written to since it was opened."""
+        if self._now() != self._stamp:
+            raise ImageError(f"{self.path} has been changed since it was opened", "run it anew")
