@@ -173,7 +173,11 @@ def parser() -> argparse.ArgumentParser:
     run = add("run", "run a guest in a pod")
     run.from_file = True
     run.add_argument("--config", metavar="FILE.toml", help="IMAGE and options from there; those given here come after")
-    run.add_argument("image", metavar="IMAGE", help="disk image, kernel or bundle directory; `default`: ours")
+    run.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="disk image, kernel or bundle; `default`: ours; @sha256:HEX behind it: exactly this one",
+    )
     run.add_argument("--pod", required=True, metavar="POD", help="made if it does not exist, and goes with its guests")
     run.add_argument("--name", help="the guest's name and host name (default: the image's)")
     run.add_argument("-m", "--memory", metavar="SIZE", help="such as 128M or 1G")

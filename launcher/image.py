@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import re
 import stat
 import struct
 import subprocess
@@ -68,16 +69,17 @@ _FAMILY_MARKS = (
 )
 
 
-def identify(path: Path | str, family: Family | None = None) -> Image:
+def identify(path: Path | str, family: Family | None = None, sha256: str | None = None) -> Image:
     """What boots there and how it is configured. `family` overrides what the content says.
 
-    Raises ImageNotFound, ImageError if it is nothing that we can boot, UsageError for a bad manifest.
+    `sha256`: the digest that the file, or a bundle's manifest, must have, in hexadecimal. Raises ImageNotFound,
+    ImageError if it is nothing that we can boot or has another digest, UsageError for a bad manifest.
     """
     path = Path(path)
     try:
         if stat.S_ISDIR(path.stat().st_mode):
-            return _bundle(path.resolve(), family)
-        image = _file(ImageFile(path.resolve()))
+            return _bundle(path.resolve(), family, sha256)
+        image = _file(_opened(path.resolve(), sha256))
     except FileNotFoundError:
         raise ImageNotFound(f"there is no image {path}", "give a disk image, a kernel or a bundle") from None
     except NotADirectoryError:
@@ -87,6 +89,32 @@ def identify(path: Path | str, family: Family | None = None) -> Image:
     except ValueError:  # a NUL, which a configuration file can have in it
         raise ImageNotFound(f"there is no image {str(path)!r}", "that is no name of a file") from None
     return image if family is None else replace(image, family=family)
+
+
+_DIGEST = re.compile(r"(.+)@sha256:([0-9A-Fa-f]*)", re.DOTALL)
+
+
+def split_digest(text: str) -> tuple[str, str | None]:
+    """`PATH@sha256:HEX` as path and digest; a path may have an @ in it. Raises UsageError for half a digest."""
+    match = _DIGEST.fullmatch(text)
+    if match is None:
+        return text, None
+    if len(match[2]) != 64:
+        raise UsageError(
+            f"{text}: a SHA-256 digest has 64 hexadecimal digits, not {len(match[2])}", f"see: sha256sum {match[1]}"
+        )
+    return match[1], match[2].lower()
+
+
+def _opened(path: Path, sha256: str | None) -> ImageFile:
+    """Opened, and what it is said to be, before anything in it is believed. Raises OSError, ImageError."""
+    file = ImageFile(path)
+    if sha256 is not None and (found := file.sha256()) != sha256:
+        raise ImageError(
+            f"{path} is not the image that was asked for: its SHA-256 digest is {found}",
+            "get the right one, or give the digest of this one",
+        )
+    return file
 
 
 def _file(path: ImageFile) -> Image:
@@ -371,12 +399,12 @@ def _osv_cmdline(head: bytes) -> str | None:
 # --- bundles ---
 
 
-def _bundle(directory: Path, family: Family | None) -> Image:
+def _bundle(directory: Path, family: Family | None, sha256: str | None) -> Image:
     import tomllib
 
     file = directory / MANIFEST
     try:
-        manifest = tomllib.loads(ImageFile(file).read(MANIFEST_LIMIT_BYTES).decode())
+        manifest = tomllib.loads(_opened(file, sha256).read(MANIFEST_LIMIT_BYTES).decode())
     except FileNotFoundError:
         raise ImageError(
             f"{directory} is a directory without {MANIFEST}{_looks_like(directory)}",
@@ -384,7 +412,7 @@ def _bundle(directory: Path, family: Family | None) -> Image:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise UsageError(f"{file}: {exc}") from None
-    return _Manifest(file, manifest).image(family)
+    return _Manifest(file, manifest, pinned=sha256 is not None).image(family)
 
 
 def _looks_like(directory: Path) -> str:
@@ -399,6 +427,7 @@ class _Manifest:
 
     file: Path
     values: dict[str, Any]
+    pinned: bool  # its own digest was given: it says nothing of files that have none
 
     KEYS = ("kernel", "initrd", "disks", "cmdline", "family", "memory", "cpus", "ports", "env")
 
@@ -465,14 +494,17 @@ class _Manifest:
         return values
 
     def _paths(self, key: str) -> tuple[ImageFile, ...]:
-        return tuple(self._open(key, self.file.parent / text) for text in self._texts(key))
+        return tuple(self._open(key, *split_digest(text)) for text in self._texts(key))
 
-    def _open(self, key: str, path: Path) -> ImageFile:
+    def _open(self, key: str, text: str, sha256: str | None) -> ImageFile:
         """The file. What a bundle names elsewhere must be everybody's to read: its author may be a stranger, and its
         guest sees all of it."""
+        path = self.file.parent / text
+        if self.pinned and sha256 is None:
+            raise self._bad(key, f"names {path} without a digest", f'write {key} = "{text}@sha256:..."')
         try:
-            file = ImageFile(path)
-        except (FileNotFoundError, NotADirectoryError, ImageError, ValueError):
+            file = _opened(path, sha256)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             raise self._bad(key, f"names {path}, which is no file", "paths start at the bundle's directory") from None
         except OSError as exc:
             raise self._bad(key, f"names {path}, which cannot be read: {exc.strerror}") from None

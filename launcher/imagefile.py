@@ -68,7 +68,7 @@ class ImageFile:
         return Path(self.link).open("rb")
 
     def sha256(self) -> str:
-        """Of the whole file, in hexadecimal; some 0.5 ms a MiB where the CPU has instructions for it."""
+        """Of the whole file, in hexadecimal; some 1.5 ms a MiB on a CPU with instructions for it."""
         with self.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -43,13 +43,14 @@ def default_name(image: Path, pod: str) -> str:
 
 def cmd_run(args: argparse.Namespace) -> int:
     """All that can be wrong with the arguments is found here, before anything is made."""
-    from ..image import identify
+    from ..image import identify, split_digest
     from ..model import GuestSpec
 
     if args.config is not None:
         raise UsageError("write --config in full")  # abbreviated, it has not been read
     check_name("pod", args.pod)
-    path = find_image(args.image)
+    text, sha256 = split_digest(args.image)
+    path = find_image(text)
     ports = tuple(Port.parse(text) for text in args.expose)
     args.publish = parse_publish(args)
     memory_mib = parse_memory_mib(args.memory) if args.memory else None
@@ -63,7 +64,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     args.restart = RestartPolicy.parse(args.restart)
     args.health = parse_health(args) if args.health else None
     args.after = [check_name("guest", other) for other in args.after]
-    image = identify(path, Family(args.family) if args.family else None)
+    image = identify(path, Family(args.family) if args.family else None, sha256)
     environment.check(env := {**image.env, **env})
     environment.check_text("--cmdline", args.cmdline or "")
     if args.take_over and not args.name:

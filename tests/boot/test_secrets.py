@@ -24,16 +24,15 @@ pytestmark = pytest.mark.boot
 
 POD = "secrets"
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--")
-# Of processes, and of plain files below the directories: prints where the marker is, of what it may read.
+# Of processes, of all files below the first directory and of those in the second: prints where the marker is.
 LOOK = """
 import os, stat, sys
 marker = sys.stdin.buffer.read()
 def files():
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         yield from (f"/proc/{pid}/{name}" for name in ("cmdline", "environ", "comm", "status"))
-    for root in sys.argv[1:]:
-        for directory, _, names in os.walk(root):
-            yield from (os.path.join(directory, name) for name in names)
+    for directory, _, names in [*os.walk(sys.argv[1]), next(os.walk(sys.argv[2]))]:
+        yield from (os.path.join(directory, name) for name in names)
 seen = 0
 for path in files():
     try:
@@ -102,14 +101,13 @@ def test_a_secret_is_nowhere_but_in_the_guest(tmp_path: Path) -> None:
     assert uklaunch("stop", "-t", "0", f"{POD}/n").returncode == 0
 
 
-@pytest.mark.parametrize("long", [False, True])
-def test_a_command_line_with_a_secret_reaches_the_kernel_and_nobody_else(long: bool, tmp_path: Path) -> None:
+def test_a_command_line_with_a_secret_reaches_the_kernel_and_nobody_else(tmp_path: Path) -> None:
     """Such as Unikraft's and OSv's, which is where these have their environment."""
     marker = "s3cret-" + secrets.token_hex(8)
     for name in ("vmlinuz", "initrd"):
         (tmp_path / name).symlink_to(DEFAULT_BUNDLE / name)
     (tmp_path / "uklaunch.toml").write_text("kernel = 'vmlinuz'\ninitrd = 'initrd'\nfamily = 'unikraft'\n")
-    value = marker + UGLY + "x" * 1200 * long
+    value = marker + UGLY + "x" * 1200
     file = tmp_path / "stdin"
     file.write_text(f"SECRET={value}\n")
     with file.open() as stdin, subprocess.Popen(
