@@ -29,17 +29,18 @@ import trio
 from ..errors import UklaunchError, UsageError
 from ..model import DEFAULT_MTU, Accel, Boot, Machine, format_mac
 from ..timeline import mark
-from . import sandbox
+from . import qmp, sandbox
 from .accel import KVM
 from .files import DiskFds, Fds, Opened, missing, open_fds
 
 if TYPE_CHECKING:
-    from qemu.qmp import EventListener, QMPClient
+    from qemu.qmp import QMPClient
 
 BINARY = "qemu-system-x86_64"
-STDERR_LINES_KEPT = 20
+STDERR_LINES_KEPT, STDERR_LINE_LIMIT = 20, 300
 QMP_TIMEOUT_S = 30
 QMP_SOCKET, CONSOLE_SOCKET = "qmp.sock", "console.sock"
+LAST_WORDS_S = 1  # for what a VMM says on its way out
 CONSOLE_POLL_S = 0.05
 COM1_IER = 0x3F9  # the Interrupt Enable Register of a 16550, whose reading changes nothing
 IER_RECEIVED, IER_ALL = 0x1, 0xF
@@ -180,7 +181,7 @@ class Vmm:
     stderr_ended: trio.Event = field(default_factory=trio.Event)
     _loop: Any = None  # trio-asyncio's event loop: named, so that any task can give commands
     _client: QMPClient | None = None
-    _events: EventListener | None = None
+    _ending: qmp.Ending | None = None
     _reason: str | None = None
 
     @property
@@ -213,8 +214,8 @@ class Vmm:
 
     async def status(self) -> str:
         """QEMU's run state, such as `prelaunch` or `running` (qapi/run-state.json)."""
-        answer: dict[str, Any] = await self._execute("query-status")
-        return str(answer.get("status"))
+        answer = await self._execute("query-status")
+        return str(answer.get("status"))[:40] if isinstance(answer, dict) else ""
 
     async def console_open(self) -> None:
         """Wait until the guest's driver has its serial port interrupt for what comes in, as it does when it opens it.
@@ -224,7 +225,10 @@ class Vmm:
         """
         while True:
             said = await self._execute("human-monitor-command", {"command-line": f"i /xb {COM1_IER:#x}"})
-            enabled = int(str(said).rpartition("=")[2], 16)
+            try:
+                enabled = int(str(said)[:100].rpartition("=")[2], 16)
+            except ValueError:
+                raise UklaunchError("QEMU does not say how its console is") from None
             if enabled & IER_RECEIVED and enabled != IER_ALL:  # all: the driver only looks what kind of port this is
                 return
             await trio.sleep(CONSOLE_POLL_S)
@@ -237,11 +241,8 @@ class Vmm:
     async def connect(self, sock: socket.socket, boot: Boot | None) -> None:
         """Wait until QEMU has set itself up, when it has been told its kernel's command line (if `boot` is given: it is
         new). Raises UklaunchError if it cannot."""
-        from qemu.qmp import EventListener, QMPClient
 
-        self._client = QMPClient("guest")
-        self._events = EventListener(("SHUTDOWN", "GUEST_PANICKED", "WATCHDOG"))
-        self._client.register_listener(self._events)
+        self._client, self._ending = qmp.make_client()
         client = self._client
 
         async def set_up() -> None:
@@ -266,18 +267,21 @@ class Vmm:
         except* (QMPError, EOFError, OSError, trio.TooSlowError) as group:
             failure = group
         if failure is not None:
-            with trio.move_on_after(1):  # its exit code and last words follow the end of its socket
+            with trio.move_on_after(LAST_WORDS_S):  # its exit code and last words follow the end of its socket
                 await self.process.wait()
                 await self.stderr_ended.wait()
             raise self.failure(what) from failure
 
     async def disconnect(self) -> None:
         assert self._client is not None
-        with trio.CancelScope(shield=True), contextlib.suppress(Exception):  # a dead QEMU is no news here
+        from asyncio import CancelledError
+
+        # A dead QEMU is no news here, and one that is alive need not let us go.
+        with trio.move_on_after(LAST_WORDS_S, shield=True), contextlib.suppress(Exception, CancelledError):
             await self._loop.run_aio_coroutine(self._client.disconnect())
 
     async def shutdown_reason(self) -> str:
-        """Why QEMU ended, in QMP's words (`guest-shutdown`, `guest-reset`, ...), once it has; "" if it did not say."""
+        """Why QEMU ended: one of `qmp.SHUTDOWN_REASONS`, once it has; "" if it did not say."""
         if self._reason is None:
             self._reason = await self._hear_reason()
         return self._reason
@@ -286,7 +290,7 @@ class Vmm:
         from qemu.qmp import Runstate
 
         client = self._client
-        if client is None or self._events is None:
+        if client is None or self._ending is None:
             return ""
 
         async def hung_up() -> None:
@@ -294,15 +298,9 @@ class Vmm:
             while client.runstate == Runstate.RUNNING:
                 await client.runstate_changed()
 
-        with trio.move_on_after(1):  # what QEMU wrote last is read, then its end of the socket
+        with trio.move_on_after(LAST_WORDS_S):  # what QEMU wrote last is read, then its end of the socket
             await self._loop.run_aio_coroutine(hung_up())
-        events = self._events.clear()
-        said = {event["event"] for event in events}
-        for name, reason in (("GUEST_PANICKED", "guest-panic"), ("WATCHDOG", "watchdog")):
-            if name in said:  # a reset follows, which says less
-                return reason
-        reasons = [event.get("data", {}).get("reason", "") for event in events]
-        return str(reasons[-1]) if reasons else ""
+        return self._ending.reason
 
     def failure(self, what: str) -> UklaunchError:
         code = self.process.returncode
@@ -416,6 +414,7 @@ async def _attended(
         from trio_asyncio import open_loop  # while QEMU loads
 
         vmm._loop = await stack.enter_async_context(open_loop())
+        vmm._loop.set_exception_handler(lambda loop, context: None)  # of what was cut short nobody asks for the result
         stack.push_async_callback(vmm.disconnect)
         await vmm.connect(qmp, boot)
         yield
@@ -433,7 +432,7 @@ async def _collect_stderr(vmm: Vmm, stderr: trio.abc.ReceiveStream) -> None:
     rest = b""
     async for chunk in stderr:
         *lines, rest = (rest + chunk).split(b"\n")
-        vmm.stderr += [line.decode(errors="replace") for line in lines if line.strip()]
+        vmm.stderr += [_printable(line) for line in lines if line.strip()]
         del vmm.stderr[:-STDERR_LINES_KEPT]
         rest = rest[-4096:]
     vmm.stderr_ended.set()
@@ -478,3 +477,9 @@ def _dial(directory: Path, name: str) -> socket.socket:
 
 def _stream(sock: socket.socket) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+def _printable(line: bytes) -> str:
+    """Not more of it than a person reads, and nothing that a terminal would obey."""
+    text = line[: 4 * STDERR_LINE_LIMIT].decode(errors="replace").strip()[:STDERR_LINE_LIMIT]
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
