@@ -3,11 +3,13 @@
 All else is derived from the descriptor: headers, digest, overlays, what QEMU gets, and the next run of a guest that is
 started again. A change inside the very file shows by its size and time of modification; who may write a file can
 hide even that, so a digest says something of a file that nobody but root may write.
+
+A supervisor that takes a guest over has no descriptor of the one before: it opens the path anew, and takes what is
+there if it is the same file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import weakref
@@ -15,6 +17,8 @@ from io import BufferedReader
 from pathlib import Path
 
 from .errors import ImageError
+
+Stamp = tuple[int, int, int, int]  # device, inode, size in bytes, time of modification in ns
 
 
 class ImageFile:
@@ -24,7 +28,7 @@ class ImageFile:
     may start again after years, and whoever may still run one holds it.
     """
 
-    __slots__ = ("__weakref__", "_stamp", "fd", "path")
+    __slots__ = ("__weakref__", "fd", "path", "stamp")
 
     def __init__(self, path: Path) -> None:
         """Raises OSError, and ImageError for what is no regular file: such is not even opened, for a device or a pipe
@@ -38,14 +42,34 @@ class ImageFile:
             os.close(place)
         self.path = path
         weakref.finalize(self, os.close, self.fd)
-        self._stamp = self._now()
+        self.stamp = self._now()
+
+    @classmethod
+    def again(cls, path: Path, stamp: Stamp) -> ImageFile:
+        """What another process had opened. If it is not there any more, `check` says so, when it is needed."""
+        try:
+            file = cls(path)
+        except (OSError, ImageError):
+            file = cls(Path("/proc/self/cmdline"))  # some file: no image's stamp is its
+            file.path = path
+        file.stamp = stamp
+        return file
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def _now(self) -> tuple[int, int]:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImageFile) and (self.path, self.stamp) == (other.path, other.stamp)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.stamp))
+
+    def __deepcopy__(self, memo: object) -> ImageFile:  # dataclasses.asdict
+        return self
+
+    def _now(self) -> Stamp:
         found = os.fstat(self.fd)  # not ctime: that changes when the file is renamed, or replaced by another
-        return found.st_size, found.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     @property
     def link(self) -> str:
@@ -69,10 +93,12 @@ class ImageFile:
 
     def sha256(self) -> str:
         """Of the whole file, in hexadecimal; some 1.5 ms a MiB on a CPU with instructions for it."""
+        import hashlib
+
         with self.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check(self) -> None:
-        """Raises ImageError if the file has been written to since it was opened."""
-        if self._now() != self._stamp:
-            raise ImageError(f"{self.path} has been changed since it was opened", "run it anew")
+        """Raises ImageError if the file has been written to since it was looked at, or is another."""
+        if self._now() != self.stamp:
+            raise ImageError(f"{self.path} has been changed since it was looked at", "run it anew")

@@ -1,5 +1,5 @@
 """The nouns of uklaunch as frozen dataclasses and enums. No I/O, and no import of another module of ours
-but `errors` and, for its type, `imagefile`.
+but `errors` and `imagefile`.
 
 Units are in the names. Addresses are `ipaddress` objects, MAC addresses six bytes.
 """
@@ -12,12 +12,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import UsageError
-
-if TYPE_CHECKING:
-    from .imagefile import ImageFile
+from .imagefile import ImageFile
 
 GUEST_INDEX_MIN = 2
 GUEST_INDEX_MAX = 254

@@ -1,4 +1,5 @@
 """What is being run, for whoever has to run it again: `run.json` in the guest's directory, which is private to root.
+The guest's environment is in it, and in no other record.
 
 Written by one version of uklaunch and read, perhaps, by the next: a key that the reader does not know is passed over,
 one that is missing has its default.
@@ -15,6 +16,7 @@ from typing import Any
 from . import state
 from .errors import UklaunchError
 from .guest import RunOptions
+from .imagefile import ImageFile
 from .model import GuestSpec
 
 _DEFAULTS = RunOptions()
@@ -34,7 +36,9 @@ def write(directory: Path, spec: GuestSpec, options: RunOptions) -> None:
     state.write_file(path(directory), json.dumps(values, default=_plain))
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any) -> object:
+    if isinstance(value, ImageFile):
+        return {"path": str(value), "stamp": value.stamp}
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
@@ -51,6 +55,9 @@ def read(directory: Path) -> tuple[GuestSpec, RunOptions]:
         IPv4Address | IPv6Address | None, lambda value, _: None if value is None else ip_address(value)
     )
     converter.register_structure_hook(bytes, lambda value, _: value.encode("latin-1"))
+    converter.register_structure_hook(
+        ImageFile, lambda value, _: ImageFile.again(Path(value["path"]), tuple(value["stamp"]))
+    )
     omitted: dict[str, Any] = {name: override(omit=True) for name in _CALLABLES}
     converter.register_structure_hook(RunOptions, make_dict_structure_fn(RunOptions, converter, **omitted))
     try:

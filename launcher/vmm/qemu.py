@@ -457,6 +457,7 @@ def _listening(directory: Path, name: str) -> socket.socket:
         (directory / name).unlink(missing_ok=True)  # the last run's
         with _short(directory, name) as path:
             sock.bind(path)
+        (directory / name).chmod(0o600)  # the directory is private, too
         sock.listen(1)
     except OSError as exc:
         sock.close()

@@ -191,7 +191,9 @@ async def supervise(program: Path) -> str:
     try:
         with trio.fail_after(2 * PATIENCE_S):
             async with (
-                qemu.run_qemu(boot, tap_fd=tap, accel=Accel.TCG, kvm_group=None, lock_fd=lock) as vmm,
+                qemu.run_qemu(
+                    boot, tap_fd=tap, accel=Accel.TCG, kvm_group=None, lock_fd=lock, directory=program.parent
+                ) as vmm,
                 trio.open_nursery() as nursery,
             ):
 

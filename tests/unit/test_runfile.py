@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from ipaddress import IPv4Interface, ip_address
 from pathlib import Path
 
 import pytest
 
 from launcher import runfile
-from launcher.errors import UklaunchError
+from launcher.errors import ImageError, UklaunchError
 from launcher.guest import RunOptions
 from launcher.health import HealthCheck
+from launcher.imagefile import ImageFile
 from launcher.model import Accel, AddressPlan, Family, GuestSpec, Image, ImageFormat, Port, Protocol
 from launcher.publish import Publish
 from launcher.restart import RestartPolicy
@@ -23,7 +25,7 @@ SPEC = GuestSpec(
         path=Path("/i"),
         format=ImageFormat.QCOW2,
         family=Family.OSV,
-        disks=(Path("/i/d"),),
+        disks=(ImageFile(Path(__file__)),),
         disks_qcow2=(True,),
         etc={"hosts": bytes(range(256))},
         env={"A": "ä"},
@@ -48,6 +50,21 @@ OPTIONS = RunOptions(
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     runfile.write(tmp_path, SPEC, OPTIONS)
     assert runfile.read(tmp_path) == (SPEC, OPTIONS)
+
+
+def test_an_image_that_was_replaced_meanwhile_is_noticed_when_it_is_to_run(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_text("a")
+    runfile.write(tmp_path, replace(SPEC, image=replace(SPEC.image, disks=(ImageFile(image),))), OPTIONS)
+    runfile.read(tmp_path)[0].image.disks[0].check()
+    (tmp_path / "other").write_text("a")
+    (tmp_path / "other").replace(image)
+    for _ in range(2):  # another in its place, then none
+        file = runfile.read(tmp_path)[0].image.disks[0]
+        assert file.path == image
+        with pytest.raises(ImageError, match="image has been changed since"):
+            file.check()
+        image.unlink(missing_ok=True)
 
 
 def test_whom_to_tell_is_not_written(tmp_path: Path) -> None:
