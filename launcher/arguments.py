@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import ExitCode, UsageError
-from .model import Accel, Family, Port
+from .model import Accel, Family, LogDriver, Port
 
 DEFAULT_BUNDLE = Path("/var/lib/uklaunch/default")
 
@@ -209,6 +209,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--take-over", action="store_true", help="if it runs without a supervisor, go on with that one")
     run.add_argument("--after", action="append", default=[], metavar="GUEST", help="wait until it is ready, or healthy")
     run.add_argument("--watchdog", action="store_true", help="a device that the guest must attend to, or it has hung")
+    run.add_argument(
+        "--log-driver", choices=[driver.value for driver in LogDriver], default="file", help="keeps the console"
+    )
     run.add_argument("--rm", action="store_true", help="forget the guest and its console when it ends")
 
     supervise = add("supervise", "take over a guest that runs without a supervisor")

@@ -1,4 +1,4 @@
-"""A guest's console: kept in a file of bounded size, and its last bytes at hand.
+"""A guest's console: its last bytes at hand, and, if it is to be, kept in a file of bounded size or in the journal.
 
 A guest may write as much as it likes: the file is under /run, which is memory, so at `LIMIT_BYTES` it becomes
 `console.log.1` and a new one begins. Beside it, `console.times` says when which byte came, for `logs --since`: pairs of
@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .model import LogDriver
+from .state import TAG, GuestRecord
+
 LIMIT_BYTES = 4 << 20
 TAIL_BYTES = 16 << 10
 _TIME = struct.Struct("=Qd")
@@ -24,17 +27,36 @@ STEP_S = 1.0
 
 @dataclass
 class Console:
-    path: Path
+    """Nothing is kept but the last bytes."""
+
     tail: bytes = b""
+
+    async def write(self, data: bytes) -> None:
+        """Take what the guest has said; an `OSError` is nobody's but ours."""
+        self.tail = (self.tail + data)[-TAIL_BYTES:]
+
+    async def end_line(self) -> None:
+        """The guest has ended, perhaps within a line."""
+
+    def flush(self) -> None:
+        """Nothing is to be left in this process, which becomes another."""
+
+    def recall(self) -> None:
+        """Have its last bytes at hand again, of what a supervisor before us has written, if it is to be had."""
+
+
+@dataclass
+class FileConsole(Console):
+    path: Path = Path()
     _fd: int = -1
     _size: int = 0
     _times_fd: int = -1
     _times_size: int = 0
     _timed_at: float = -math.inf  # when the last time was put down
 
-    def write(self, data: bytes) -> None:
-        """Append what the guest said. A full disk loses text, not the guest."""
-        self.tail = (self.tail + data)[-TAIL_BYTES:]
+    async def write(self, data: bytes) -> None:
+        """Append it. A full disk loses text, not the guest."""
+        await super().write(data)
         if max(self._size + len(data), self._times_size) > LIMIT_BYTES:
             self._rotate()
         with contextlib.suppress(OSError):
@@ -45,7 +67,6 @@ class Console:
             self._size += os.write(self._fd, data)
 
     def recall(self) -> None:
-        """Have its last bytes at hand again, of what a supervisor before us has written."""
         with self.path.open("rb") as file:
             file.seek(max(0, self._size - TAIL_BYTES))
             self.tail = file.read()
@@ -70,13 +91,32 @@ class Console:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator[Console]:
-        console = cls(path)
+    def open(cls, path: Path) -> Iterator[FileConsole]:
+        console = cls(path=path)
         console._open()
         try:
             yield console
         finally:
             console._close()
+
+
+def open_console(record: GuestRecord) -> contextlib.AbstractContextManager[Console]:
+    """Where this guest's console is kept, for the length of a block. Raises OSError."""
+    match LogDriver(record.log_driver):
+        case LogDriver.FILE:
+            return FileConsole.open(record.console_log)
+        case LogDriver.JOURNALD:
+            from .journal import JournalConsole
+
+            return contextlib.nullcontext(JournalConsole.of(record))
+        case LogDriver.NONE:
+            return contextlib.nullcontext(Console())
+
+
+def journal_fields(record: GuestRecord) -> tuple[str, ...]:
+    """By which a guest's entries in the journal are found; the last one tells it from others that had its name."""
+    guest = {"POD": record.pod, "GUEST": record.name, "STARTED_AT": record.started_at}
+    return f"SYSLOG_IDENTIFIER={TAG}", *(f"UKLAUNCH_{key}={value}" for key, value in guest.items())
 
 
 def _times(log: Path) -> Path:

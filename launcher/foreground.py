@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ExitCode, UklaunchError, first_error
-from .model import Accel, GuestSpec
+from .model import Accel, GuestSpec, LogDriver
 from .timeline import mark
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def launch(spec: GuestSpec, args: argparse.Namespace) -> Job:
             after=tuple(args.after),
             after_timeout_s=args.ready_timeout,
             remove_when_done=args.rm,
+            log_driver=LogDriver(args.log_driver),
             note=note,
         )
 
@@ -170,13 +171,18 @@ def _raw_terminal() -> Iterator[None]:
 async def _attached(job: Job, options: RunOptions, manager: ServiceManager | None = None) -> int:
     import trio
 
+    from . import journal
+
     async def to_stdout(data: bytes) -> None:
         while data:
             # In a thread: a reader that does not read must not stop the supervisor.
             written = await trio.to_thread.run_sync(os.write, STDOUT, data, abandon_on_cancel=True)
             data = data[written:]
 
-    return await _supervise(job, replace(options, on_console=to_stdout), beside=type_stdin, manager=manager)
+    # What goes to the journal anyway would be there twice.
+    if options.log_driver is not LogDriver.JOURNALD or not journal.is_ours(STDOUT):
+        options = replace(options, on_console=to_stdout)
+    return await _supervise(job, options, beside=type_stdin, manager=manager)
 
 
 async def type_stdin(guest: Guest) -> None:

@@ -20,7 +20,7 @@ from .console import Console
 from .errors import ExitCode, UklaunchError, first_error
 from .guests import FAMILIES
 from .health import HealthCheck
-from .model import Accel, AddressPlan, Boot, ExitReason
+from .model import Accel, AddressPlan, Boot, ExitReason, LogDriver
 from .publish import Publish
 from .restart import RestartMode, RestartPolicy, Restarts
 from .timeline import mark
@@ -53,6 +53,7 @@ class RunOptions:
     after: tuple[str, ...] = ()  # guests of the pod that are to be ready (healthy, if they are checked) before
     after_timeout_s: float = AFTER_TIMEOUT_S
     remove_when_done: bool = False
+    log_driver: LogDriver = LogDriver.FILE
     note: Callable[[str], None] = lambda text: None  # is told what a person may want to know
     on_change: Callable[[state.GuestRecord], None] = lambda record: None  # is handed the guest's record as it changes
     # is handed the console's output as it comes
@@ -217,6 +218,7 @@ class Guest:
         and of the console's connection. None if there is nothing to take over now: between two runs, or at the end."""
         if self._vmm is None or self._stop_asked or self.record.status not in ("running", "ready"):
             return None
+        self.console.flush()
         return self.lock_fd, self._vmm.console.socket.fileno()
 
     # --- its life ---
@@ -338,14 +340,16 @@ class Guest:
 
     async def _copy_console(self, vmm: Vmm, copied: trio.Event) -> None:
         sink = self.options.on_console
-        with trio.CancelScope(shield=True), contextlib.suppress(trio.BrokenResourceError):
-            async for data in vmm.console:
-                self.console.write(bytes(data))
-                if sink is not None:
-                    try:
-                        await sink(bytes(data))
-                    except OSError:  # nobody reads our output any more; the log goes on
-                        sink = None
+        with trio.CancelScope(shield=True):
+            with contextlib.suppress(trio.BrokenResourceError):
+                async for data in vmm.console:
+                    await self.console.write(bytes(data))
+                    if sink is not None:
+                        try:
+                            await sink(bytes(data))
+                        except OSError:  # nobody reads our output any more; the log goes on
+                            sink = None
+            await self.console.end_line()
         copied.set()
 
     async def _await_end(self, vmm: Vmm, copied: trio.Event) -> int:

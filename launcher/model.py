@@ -51,6 +51,14 @@ class Accel(StrEnum):
     TCG = "tcg"
 
 
+class LogDriver(StrEnum):
+    """Where a guest's console is kept."""
+
+    FILE = "file"
+    JOURNALD = "journald"
+    NONE = "none"
+
+
 class Machine(StrEnum):
     """The board a guest can run on; a VMM picks the smallest it offers."""
 

@@ -21,13 +21,13 @@ from typing import TypeVar
 
 import trio
 
-from . import events, pod, runfile, state
-from .console import Console
+from . import events, journal, pod, runfile, state
+from .console import Console, open_console
 from .errors import UklaunchError, UsageError
 from .guest import Guest, RunOptions, StartVmm
 from .guests import FAMILIES
 from .healing import heal
-from .model import Accel, Boot, GuestSpec, check_name, format_mac
+from .model import Accel, Boot, GuestSpec, LogDriver, check_name, format_mac
 from .timeline import mark
 from .vmm import VMMS
 from .vmm.accel import KvmStatus, choose
@@ -113,6 +113,7 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
             started_at=time.time(),
             remove_when_done=options.remove_when_done,
             restart=str(options.restart),
+            log_driver=options.log_driver.value,
         )
         with _guest_directory(record) as (lock, vmm_lock, console):
             remove = True
@@ -139,7 +140,7 @@ def _guest_directory(record: state.GuestRecord) -> Iterator[tuple[int, int, Cons
             lock = held.enter_context(state.lock(record.directory / "supervisor.lock"))
             # Not to write: a VMM that has been taken over would fill /run.
             vmm_lock = held.enter_context(state.lock(record.directory / "vmm.lock", os.O_RDONLY))
-            console = held.enter_context(Console.open(record.console_log))
+            console = held.enter_context(open_console(record))
             mark("place")
         except BaseException as exc:
             state.forget_guest(record.pod, record.name)
@@ -181,6 +182,8 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     options = options or RunOptions()
     check_name("guest", spec.name)
     _check_limits(spec.memory_mib)
+    if options.log_driver is LogDriver.JOURNALD:
+        journal.check()
     accel, kvm = choose(options.accel)
     _say_accel(options.accel, accel, kvm, options)
     # A published port is a declared one.

@@ -8,7 +8,7 @@
         guest.json              GuestRecord
         supervisor.lock         held by the supervisor for as long as it lives
         vmm.lock                held by the VMM (it inherits the descriptor) for as long as it lives
-        console.log
+        console.log             unless it is in the journal
         run.json            what is run, for the next run under another supervisor: see runfile.py
         qmp.sock            QEMU listens on these two
         console.sock
@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 from .errors import UklaunchError, UsageError
 
-TAG = "uklaunch"  # in the alias of every link that we make
+TAG = "uklaunch"  # in the alias of every link that we make, and in the journal
 NETNS_DIR = Path("/run/netns")
 
 
@@ -117,6 +117,7 @@ class GuestRecord:
     health: str | None = None  # starting, healthy, unhealthy; None: not checked, or not running
     restart: str = "no"  # the policy
     restarts: int = 0
+    log_driver: str = "file"  # model.LogDriver
     started_at: float
     resumed_at: float | None = None  # when the present run began, as far as the guest knows
     ready_at: float | None = None

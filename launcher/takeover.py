@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 
 from . import events, pod, runfile, state
-from .console import Console
+from .console import Console, open_console
 from .errors import UklaunchError, UsageError
 from .guest import Guest, RunOptions
 from .model import Accel, GuestSpec, Machine
@@ -72,7 +72,7 @@ def _retaking_place(pod_name: str, name: str, handed: Handed | None) -> Iterator
             vmm_lock, tap = (_shared(record.vmm_pid, vmm, path, stack) for path in (vmm_lock_file, TUN))
             mark("found")
             members.append(member := pod.rejoin(record, tap, spec.ports, mtu_of(spec)))
-        console = stack.enter_context(Console.open(record.console_log))
+        console = stack.enter_context(open_console(record))
         if record.restarts == 0:  # else what it says of an exit code may be the last run's
             console.recall()
         yield _Place(record, spec, options, member, lock, vmm, vmm_lock, console)

@@ -5,13 +5,14 @@
       ▲                                 │
       └── READY=1 of PID 1, and a line from each unit that becomes active or has stopped (a FIFO)
 
-Its root is this machine's; its own are /run, /sys, bpffs, cgroups, /etc/uklaunch, and the units that it sees: ours and
-the few of systemd's own that they need. A reboot ends it and starts another over the same /etc.
+Its root is this machine's; its own are /run with a journal, /sys, bpffs, cgroups, /etc/uklaunch, and the units that it
+sees: ours and the few of systemd's own that they need. A reboot ends it and starts another over the same /etc.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import shutil
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher import systemd as package
 
@@ -34,6 +36,7 @@ BOOT_TIMEOUT_S = 120
 # Of systemd's own units: those that order a start, and what a shutdown takes. Without them, for one, the mounts that
 # pods are would go before their guests.
 _ITS = (
+    *("systemd-journald.service", "systemd-journald.socket"),
     *("sysinit.target", "basic.target", "local-fs.target", "local-fs-pre.target", "network.target"),
     *("shutdown.target", "umount.target", "final.target", "poweroff.target", "systemd-poweroff.service"),
 )
@@ -42,7 +45,8 @@ _MULTI_USER = "[Unit]\nRequires=basic.target\nAfter=basic.target\nAllowIsolate=y
 _SETUP = """
 set -e
 mount -t tmpfs tmpfs /run
-mkdir -p /run/netns /run/lock
+mkdir -p /run/netns /run/lock /run/systemd/journald.conf.d
+printf '[Journal]\nStorage=volatile\n' >/run/systemd/journald.conf.d/test.conf
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -87,6 +91,7 @@ class Host:
                 f"ExecStartPost=+/bin/sh -c 'echo active %n >{directory}/events'\n"
                 f"ExecStopPost=+/bin/sh -c 'echo stopped %n $$SERVICE_RESULT >{directory}/events'\n",
             )
+        host.want("sysinit.target", "systemd-journald.service")
         host.want("multi-user.target", "uklaunch.target")
         host.want("uklaunch.target", "uklaunch-router.service")
         try:
@@ -105,6 +110,11 @@ class Host:
         wants.mkdir(exist_ok=True)
         template = unit.partition("@")[0] + "@.service" if "@" in unit else unit
         (wants / unit).symlink_to(f"../{template}")
+
+    def without_guests(self) -> None:
+        for path in (self.directory / "etc").iterdir():
+            path.unlink()
+        (self.directory / "units" / "uklaunch.target.wants" / "uklaunch@db.service").unlink()
 
     @contextlib.contextmanager
     def booted(self) -> Iterator[None]:
@@ -155,7 +165,9 @@ class Host:
     def run(self, *command: str, check: bool = True) -> str:
         """A command on that host, from its own directory."""
         enter = ("nsenter", f"--target={self.pid}", "--all", "--wd=/")
-        result = subprocess.run([*enter, *command], capture_output=True, text=True, check=False, timeout=60)
+        result = subprocess.run(
+            [*enter, *command], capture_output=True, text=True, errors="backslashreplace", timeout=60
+        )
         assert result.returncode == 0 or not check, f"{command}: {result.stdout}{result.stderr}\n{self.log()}"
         return result.stdout
 
@@ -167,6 +179,12 @@ class Host:
 
     def show(self, unit: str, name: str) -> str:
         return self.systemctl("show", "--value", "--property", name, unit).strip()
+
+    def journal(self, *matches: str) -> list[dict[str, Any]]:
+        """What is in it by now, and is on its way there."""
+        self.run("journalctl", "--sync")
+        lines = self.run("journalctl", "--quiet", "--all", "--output=json", *matches).splitlines()
+        return [json.loads(line) for line in lines]
 
     def kill(self, pid: int, number: signal.Signals) -> None:
         """By a pid of that host."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from .. import state
-from ..errors import ExitCode
+from ..errors import ExitCode, UklaunchError, UsageError
+from ..model import LogDriver
 from .output import print_json, print_json_line, print_table
 
-if TYPE_CHECKING:
-    pass
+PACKAGES = {"tail": "coreutils", "journalctl": "systemd"}
 
 
 def status_of(record: state.GuestRecord) -> str:
@@ -71,6 +71,24 @@ def cmd_ps(args: argparse.Namespace) -> int:
 
 def cmd_logs(args: argparse.Namespace) -> int:
     record = state.find_guest(args.guest)
+    match LogDriver(record.log_driver):
+        case LogDriver.FILE:
+            command = _logs_from_file(args, record)
+        case LogDriver.JOURNALD:
+            command = _logs_from_journal(args, record)
+        case LogDriver.NONE:
+            raise UsageError(
+                f"the console of {record.pod}/{record.name} is kept nowhere", "it was started with --log-driver none"
+            )
+    sys.stdout.flush()
+    try:
+        os.execvp(command[0], command)
+    except FileNotFoundError:
+        raise UklaunchError(f"the command {command[0]} is missing", f"apt-get install {PACKAGES[command[0]]}") from None
+
+
+def _logs_from_file(args: argparse.Namespace, record: state.GuestRecord) -> list[str]:
+    """The command that goes on with it."""
     start = f"--lines={args.lines}" if args.lines is not None else "--lines=+1"
     files = []
     if args.since is not None:
@@ -84,11 +102,26 @@ def cmd_logs(args: argparse.Namespace) -> int:
         files = [path for path in [record.console_log.with_suffix(".log.1")] if path.exists()]
     if args.follow and state.supervised(record):
         # tail waits by inotify, follows over a rotation, and ends with the guest.
-        command = ["tail", start, "--follow=name", f"--pid={record.supervisor_pid}", "-q", str(record.console_log)]
-    else:
-        command = ["tail", start, "-q", *map(str, files), str(record.console_log)]
-    sys.stdout.flush()
-    os.execvp(command[0], command)
+        return ["tail", start, "--follow=name", f"--pid={record.supervisor_pid}", "-q", str(record.console_log)]
+    return ["tail", start, "-q", *map(str, files), str(record.console_log)]
+
+
+def _logs_from_journal(args: argparse.Namespace, record: state.GuestRecord) -> list[str]:
+    """Of this guest, and none that had its name before; not what others say in its name."""
+    import subprocess
+
+    from ..console import journal_fields
+
+    lines = "all" if args.lines is None else args.lines
+    command = ["journalctl", "--quiet", "--no-pager", "--output=cat", f"--lines={lines}"]
+    if args.since is not None:
+        command.append(f"--since=@{args.since:.6f}")
+    if args.follow:
+        command.append("--follow")
+    else:  # what has been sent is on its way
+        with contextlib.suppress(FileNotFoundError):
+            subprocess.run(["journalctl", "--sync"], stderr=subprocess.DEVNULL, check=False)
+    return [*command, f"_UID={os.geteuid()}", *journal_fields(record)]
 
 
 def cmd_events(args: argparse.Namespace) -> int:
@@ -134,5 +167,6 @@ def cmd_inspect(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     record = state.find_guest(args.guest)
-    print_json({**asdict(record), "status": status_of(record), "log": str(record.console_log)})
+    log = str(record.console_log) if record.log_driver == LogDriver.FILE else None
+    print_json({**asdict(record), "status": status_of(record), "log": log})
     return ExitCode.OK

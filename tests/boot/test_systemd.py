@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ..systemd import SYSTEMD, Host
+from launcher.journal import LINE_BYTES
+
+from ..systemd import SYSTEMD, UNITS, Host
 
 pytestmark = [pytest.mark.boot, pytest.mark.skipif(not SYSTEMD.exists(), reason="no systemd here")]
 
@@ -27,6 +31,46 @@ Port=8080
 Memory=96M
 [Install]
 WantedBy=uklaunch.target
+"""
+
+
+KEYS = ", ".join(sorted(runpy.run_path(str(UNITS / "uklaunch-generator"))["GUEST"]))
+
+# On that host: what JournalConsole does while journald has stopped, and when it goes on.
+WRITE_TO_A_JOURNAL_THAT_HANGS = """
+import json, os, signal, subprocess, time, trio
+from launcher import journal
+
+fields = ("SYSLOG_IDENTIFIER=uklaunch", "UKLAUNCH_POD=shop", "UKLAUNCH_GUEST=web")
+show = ["systemctl", "show", "--value", "--property=MainPID", "systemd-journald"]
+journald = int(subprocess.run(show, capture_output=True, check=True).stdout)
+slowest_s = 0
+
+async def beat():  # as the supervisor's watchdog does
+    global slowest_s
+    while True:
+        before = time.monotonic()
+        await trio.sleep(0.1)
+        slowest_s = max(slowest_s, time.monotonic() - before)
+
+async def main():
+    console = journal.JournalConsole(sendv=journal._binding(), fields=fields)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(beat)
+        os.kill(journald, signal.SIGSTOP)
+        try:
+            for n in range(3000):
+                await console.write(b"%d\\n" % n)
+        finally:
+            os.kill(journald, signal.SIGCONT)
+        lost = console._lost
+        subprocess.run(["journalctl", "--sync"], check=True)
+        await console.write(b"it is back")
+        await console.end_line()
+        nursery.cancel_scope.cancel()
+    print(json.dumps([3000 - lost, lost, slowest_s]))
+
+trio.run(main)
 """
 
 
@@ -62,6 +106,8 @@ def test_guests_come_up_in_order_stop_in_order_and_come_back_after_a_reboot(host
             assert host.show(WEB, "Slice") == "uklaunch-shop.slice"
             assert host.show(WEB, "WatchdogUSec") == "30s"
             assert "1 pods" in host.uklaunch("router", "status")
+            said = [entry["MESSAGE"] for entry in host.journal("--dmesg", "SYSLOG_IDENTIFIER=uklaunch-generator")]
+            assert said[-1] == "/etc/uklaunch/broken.guest is left out: [Guest] Imag= is unknown; known are " + KEYS
         said = host.wait_event("stopped uklaunch-router.service success")
         assert said == [
             f"stopped {WEB} success",
@@ -118,3 +164,46 @@ def test_a_router_of_sources_that_nobody_has_compiled_yet(host: Host) -> None:
     with host.booted():
         assert host.wait_event(f"active {WEB}")[0] == "active uklaunch-router.service"
         assert host.systemctl("is-active", "uklaunch-router.service").strip() == "active"
+
+
+def test_a_console_in_the_journal(host: Host) -> None:
+    """Of a guest that exits at once: every byte of every line."""
+    command = "echo é; printf 'a\\000\\377b\\n\\nx'; head -c 40000 /dev/zero | tr '\\000' y; echo; printf 'last words'"
+    run = ("run", "default", "--pod", "brief", "--uplink", "none", "--log-driver", "journald", "--cmdline", command)
+    host.without_guests()
+    with host.booted():
+        for name in ("one", "two"):  # neither has the other's lines
+            host.uklaunch(*run, "--name", name)
+        record = json.loads(host.uklaunch("inspect", "two"))
+        assert (record["log"], record["log_driver"], record["exit_code"]) == (None, "journald", 0)
+        entries = host.journal("UKLAUNCH_POD=brief", "UKLAUNCH_GUEST=two")
+        assert {entry["SYSLOG_IDENTIFIER"] for entry in entries} == {"uklaunch"}
+        assert {(entry["_TRANSPORT"], entry["PRIORITY"]) for entry in entries} == {("journal", "6")}
+        long = "x" + 40000 * "y"
+        pieces = [long[at : at + LINE_BYTES] for at in range(0, len(long), LINE_BYTES)]
+        said = [entry["MESSAGE"] for entry in entries]
+        assert said[said.index("é") : -2] == ["é", [*b"a\0\xffb"], "", *pieces]
+        assert said[-2].startswith("last words")
+        assert host.uklaunch("logs", "two", "-n", "2") == f"{said[-2]}\n{said[-1]}\n"
+        assert "é\na\0\\xffb\n\nxy" in host.uklaunch("logs", "two")
+        assert host.uklaunch("logs", "two", "--since", "1d").count("last words") == 1
+
+
+def test_a_console_that_goes_to_the_journal_anyway_goes_there_once(host: Host) -> None:
+    of_web = "LogDriver=journald\nCmdline=echo once; httpd -f -p 8080\nReadyPort=8080\n"
+    (host.directory / "etc" / "web.guest").write_text(WEB_GUEST + "[Guest]\n" + of_web)
+    host.drop_in(WEB, "[Service]\nStandardOutput=journal\n")
+    with host.booted():
+        host.wait_event(f"active {WEB}")
+        (entry,) = host.journal(f"_SYSTEMD_UNIT={WEB}", "MESSAGE=once")
+        assert entry["UKLAUNCH_GUEST"] == "web"
+
+
+def test_a_journal_that_hangs_costs_lines_and_nothing_else(host: Host) -> None:
+    host.without_guests()
+    with host.booted():
+        kept, lost, slowest_s = json.loads(host.run(sys.executable, "-c", WRITE_TO_A_JOURNAL_THAT_HANGS))
+        assert kept + lost == 3000
+        assert slowest_s < 1
+        entries = [entry["MESSAGE"] for entry in host.journal("UKLAUNCH_GUEST=web")]
+        assert entries == [*(str(n) for n in range(kept)), f"journald did not take {lost} lines", "it is back"]

@@ -23,7 +23,7 @@ LAYERS = (
     {"runfile"},
     {"guest"},
     {"healing", "probes"},
-    {"pod", "image", "guests", "vmm", "console", "watch"},
+    {"pod", "image", "guests", "vmm", "console", "watch", "journal"},
     {"uplink"},
     {"cni"},
     {"resolver"},
@@ -39,6 +39,7 @@ ONLY_IMPORTER = {
     "pyroute2": {"launcher/net.py"},
     "nftables": {"launcher/firewall.py"},
     "bcc": {"router/compile.py"},
+    "systemd": {"launcher/journal.py"},
     "argparse": {
         "launcher/arguments.py",
         "launcher/foreground.py",

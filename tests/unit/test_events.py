@@ -113,11 +113,11 @@ def said_since(log: Path, when: float) -> bytes:
     return older + log.read_bytes()[offset:]
 
 
-def test_what_was_said_since(tmp_path: Path, clock: Clock) -> None:
+async def test_what_was_said_since(tmp_path: Path, clock: Clock) -> None:
     log = tmp_path / "console.log"
-    with console.Console.open(log) as out:
+    with console.FileConsole.open(log) as out:
         for clock.now, text in ((1000.0, b"a\n"), (1000.4, b"b\n"), (1001.0, b"c\n"), (1060.0, b"d\n")):
-            out.write(text)
+            await out.write(text)
     assert said_since(log, 0) == b"a\nb\nc\nd\n"
     assert said_since(log, 1000.9) == b"a\nb\nc\nd\n"  # a second too much rather than a line too little
     assert said_since(log, 1001.5) == b"c\nd\n"
@@ -126,12 +126,14 @@ def test_what_was_said_since(tmp_path: Path, clock: Clock) -> None:
     assert console.since(tmp_path / "other.log", 0) == (b"", 0)
 
 
-def test_what_was_said_since_over_a_rotation(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_was_said_since_over_a_rotation(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(console, "LIMIT_BYTES", 100)
     log = tmp_path / "console.log"
-    with console.Console.open(log) as out:
+    with console.FileConsole.open(log) as out:
         for clock.now in range(1000, 1100, 10):
-            out.write(b"%d\n" % clock.now)
+            await out.write(b"%d\n" % clock.now)
     assert (tmp_path / "console.log.1").exists()
     assert said_since(log, 1085) == b"1090\n"
     assert said_since(log, 1045) == b"1050\n1060\n1070\n1080\n1090\n"
