@@ -162,20 +162,20 @@ class Host:
         files = sorted((self.directory / "log").iterdir())
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-6000:]}" for file in files)
 
-    def run(self, *command: str, check: bool = True) -> str:
-        """A command on that host, from its own directory."""
+    def run(self, *command: str, code: int | None = 0) -> str:
+        """A command on that host, from its root directory. `code`: its exit code; None: any."""
         enter = ("nsenter", f"--target={self.pid}", "--all", "--wd=/")
         result = subprocess.run(
             [*enter, *command], capture_output=True, text=True, errors="backslashreplace", timeout=60
         )
-        assert result.returncode == 0 or not check, f"{command}: {result.stdout}{result.stderr}\n{self.log()}"
+        assert result.returncode == code or code is None, f"{command}: {result.stdout}{result.stderr}\n{self.log()}"
         return result.stdout
 
-    def systemctl(self, *args: str, check: bool = True) -> str:
-        return self.run("systemctl", *args, check=check)
+    def systemctl(self, *args: str, code: int | None = 0) -> str:
+        return self.run("systemctl", *args, code=code)
 
-    def uklaunch(self, *args: str) -> str:
-        return self.run("/usr/local/sbin/uklaunch", *args)
+    def uklaunch(self, *args: str, code: int | None = 0) -> str:
+        return self.run("/usr/local/sbin/uklaunch", *args, code=code)
 
     def show(self, unit: str, name: str) -> str:
         return self.systemctl("show", "--value", "--property", name, unit).strip()

@@ -17,7 +17,7 @@ from .hosts import hosts, resolv_conf
 KERNEL_CMDLINE = "console=ttyS0 loglevel=3 edd=off panic=-1 reboot=t no_timer_check random.trust_cpu=on"
 SHELL = "echo uklaunch: a shell in this guest, ended by exit or Ctrl-D; exec sh -i"
 
-_EXIT_STATUS = re.compile(rb"^uklaunch: exit status (\d{1,3})\r?$", re.MULTILINE)
+_EXIT_STATUS = re.compile(rb"uklaunch: exit status (\d{1,3})\r?$", re.MULTILINE)
 
 # Wide, so that what fits the pod's own loopback is hardly ever too big for the guest: a name server's answers, for one.
 # Wider still is slower: with two segments beyond 64 KiB, TCP's packets are cut up on the way to the TAP.

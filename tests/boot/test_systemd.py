@@ -127,7 +127,7 @@ def test_a_unit_is_active_only_when_its_guest_is_ready(host: Host) -> None:
         host.wait_event(f"stopped {WEB} success")
         assert guests(host) == {"db": "ready"}
         host.systemctl("start", "--no-block", WEB)
-        assert host.systemctl("is-active", WEB, check=False).strip() == "activating"
+        assert host.systemctl("is-active", WEB, code=None).strip() == "activating"
         host.wait_event(f"active {WEB}")
         assert guests(host) == {"web": "ready", "db": "ready"}
 
@@ -168,14 +168,15 @@ def test_a_router_of_sources_that_nobody_has_compiled_yet(host: Host) -> None:
 
 def test_a_console_in_the_journal(host: Host) -> None:
     """Of a guest that exits at once: every byte of every line."""
-    command = "echo é; printf 'a\\000\\377b\\n\\nx'; head -c 40000 /dev/zero | tr '\\000' y; echo; printf 'last words'"
+    command = "echo é; printf 'a\\000\\377b\\n\\nx'; head -c 40000 /dev/zero | tr '\\000' y; echo; "
+    command += "printf 'last words'; exit 3"
     run = ("run", "default", "--pod", "brief", "--uplink", "none", "--log-driver", "journald", "--cmdline", command)
     host.without_guests()
     with host.booted():
         for name in ("one", "two"):  # neither has the other's lines
-            host.uklaunch(*run, "--name", name)
+            host.uklaunch(*run, "--name", name, code=3)
         record = json.loads(host.uklaunch("inspect", "two"))
-        assert (record["log"], record["log_driver"], record["exit_code"]) == (None, "journald", 0)
+        assert (record["log"], record["log_driver"], record["exit_code"]) == (None, "journald", 3)
         entries = host.journal("UKLAUNCH_POD=brief", "UKLAUNCH_GUEST=two")
         assert {entry["SYSLOG_IDENTIFIER"] for entry in entries} == {"uklaunch"}
         assert {(entry["_TRANSPORT"], entry["PRIORITY"]) for entry in entries} == {("journal", "6")}

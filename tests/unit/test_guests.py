@@ -177,7 +177,7 @@ def test_osv_endings(console: bytes, status: int | None) -> None:
     [
         (b"uklaunch: exit status 7\r\n[    1.0] reboot: Power down\r\n", 7),
         (b"uklaunch: exit status 1\r\nuklaunch: exit status 0\r\n", 0),
-        (b"no newline: uklaunch: exit status 7\r\n", None),
+        (b"no newlineuklaunch: exit status 7\r\n", 7),
         (b"", None),
     ],
 )
