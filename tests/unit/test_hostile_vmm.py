@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -16,7 +17,7 @@ import trio
 from launcher.errors import UklaunchError, first_error
 from launcher.imagefile import ImageFile
 from launcher.model import Accel, AddressPlan, Boot, Machine, Nic
-from launcher.vmm import qemu
+from launcher.vmm import qemu, sandbox
 
 PLAN = AddressPlan()
 NIC = Nic(
@@ -159,7 +160,13 @@ def attacker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     program = tmp_path / qemu.BINARY
     program.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(qemu, "confined", lambda command, *_, **__: command)  # it has nothing to win here
+    start = sandbox.start
+
+    async def start_attacker(command: Sequence[str], **kwargs: Any) -> sandbox.Process:
+        python = ("/usr/bin/python3", "-IS", "-c", program.read_text())  # the program itself is not in its /usr
+        return await start([*python, *command[1:]], **kwargs)
+
+    monkeypatch.setattr(sandbox, "start", start_attacker)
     monkeypatch.setattr(qemu, "QMP_TIMEOUT_S", SHORT_S if request.param else PATIENCE_S)
     monkeypatch.setattr(qemu, "LAST_WORDS_S", 0.1)
     return program
