@@ -26,7 +26,7 @@ from pathlib import Path
 
 import trio
 
-from ..errors import UklaunchError
+from ..errors import EXHAUSTED, UklaunchError
 from ..threads import in_a_new_thread
 from ..timeline import mark
 
@@ -39,7 +39,7 @@ LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 DEVICES = (Path("/dev/null"), Path("/dev/urandom"))
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin"}
 
-NEEDS = "give it CAP_SYS_ADMIN, a / that is no initramfs, and a /dev; in a container, no seccomp filter against mounts"
+NEEDS = "needed: CAP_SYS_ADMIN, a / that is a mount and no initramfs, no seccomp filter of a container against mounts"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -109,12 +109,17 @@ async def start(
         popen = await trio.to_thread.run_sync(
             lambda: spawn(command, fds=fds, groups=groups, devices=devices, admit=admit, stderr=theirs)
         )
+        try:
+            return Process(popen, stderr)
+        except OSError:  # no descriptor left for it
+            popen.kill()
+            popen.wait()
+            raise
     except BaseException:
         await trio.aclose_forcefully(stderr)
         raise
     finally:
         os.close(theirs)
-    return Process(popen, stderr)
 
 
 def spawn(
@@ -145,7 +150,7 @@ def spawn(
         _enter((*DEVICES, *devices))
         return subprocess.Popen(
             confined,
-            stdin=subprocess.PIPE,
+            stdin=theirs,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             pass_fds=tuple(fds),
@@ -154,22 +159,26 @@ def spawn(
             start_new_session=True,  # a Ctrl-C on our terminal is for us alone
         )
 
-    popen = in_a_new_thread(enter_and_fork, "sandbox")
-    gate = popen.stdin
-    assert gate is not None
-    try:
-        mark("vmm-fork")
-        resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))  # a core holds all of the guest's memory
-        Path(f"/proc/{popen.pid}/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
-        admit(popen.pid)
-        with contextlib.suppress(BrokenPipeError), gate:  # if it has died its exit code tells
-            gate.write(f"{vmm_uid(popen.pid)}\n".encode())
-        popen.stdin = None
-    except BaseException:
-        popen.kill()
-        popen.wait()
-        gate.close()
-        raise
+    theirs, ours = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(ours, "wb", buffering=0) as gate:
+        try:
+            popen = in_a_new_thread(enter_and_fork, "sandbox")
+        except OSError as exc:
+            hint = EXHAUSTED.get(exc.errno or 0, "does a limit forbid more processes? ulimit -u, TasksMax= of its unit")
+            raise UklaunchError(f"a VMM cannot be started: {exc.strerror}", hint) from exc
+        finally:
+            os.close(theirs)
+        try:
+            mark("vmm-fork")
+            resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))  # a core holds all of the guest's memory
+            Path(f"/proc/{popen.pid}/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+            admit(popen.pid)
+            with contextlib.suppress(BrokenPipeError):  # it has died: its exit code tells
+                gate.write(f"{vmm_uid(popen.pid)}\n".encode())
+        except BaseException:
+            popen.kill()
+            popen.wait()
+            raise
     return popen
 
 
