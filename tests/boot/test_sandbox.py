@@ -15,6 +15,7 @@ from launcher import capabilities, control, state
 from launcher.arguments import DEFAULT_BUNDLE
 from launcher.errors import UklaunchError
 from launcher.vmm import sandbox
+from launcher.vmm.qemu import OVERLAY_DIR
 
 from .. import leaks
 from ..cli import shown, uklaunch
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.boot
 POD = "sandboxed"
 
 
-def start(name: str, *args: str) -> state.GuestRecord:
-    result = uklaunch("run", "default", "--pod", POD, "--name", name, "-d", "--rm", "--stop-timeout", "0", *args)
+def start(name: str, *args: str, image: str = "default") -> state.GuestRecord:
+    result = uklaunch("run", image, "--pod", POD, "--name", name, "-d", "--rm", "--stop-timeout", "0", *args)
     assert result.returncode == 0, shown(result)
     return state.find_guest(f"{POD}/{name}")
 
@@ -114,29 +115,53 @@ def test_what_it_finds_and_can_do(guest: state.GuestRecord) -> None:
     assert "Operation not permitted" in inside(guest, "unshare --mount true")
 
 
-def test_its_descriptors(guest: state.GuestRecord, proc: Path) -> None:
-    files, pipes, sockets = set(), [], set()
-    for fd in (proc / "fd").iterdir():
+def descriptors(guest: state.GuestRecord) -> set[tuple[str, str]]:
+    """Files with r, w or rw; of the rest, which has no path, what it is."""
+    found = set()
+    unix = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
+    for fd in Path(f"/proc/{guest.vmm_pid}/fd").iterdir():
         name = str(fd.readlink())
         assert not fd.is_dir(), name
-        if name.endswith(("/vmm.lock", "/vmlinuz", ":initrd (deleted)")):
-            assert (proc / "fdinfo" / fd.name).read_text().split()[3].endswith("0"), name  # O_RDONLY
         if name.startswith("socket:"):
-            sockets.add(name[len("socket:[") : -1])
+            assert name.removeprefix("socket:[")[:-1] in unix  # none that leads to a network, or of netlink
+            name = "socket"
         elif name.startswith("pipe:"):
-            pipes.append((fd.name, (proc / "fdinfo" / fd.name).read_text().split()[3]))
-        elif not name.startswith("anon_inode:[event") and name != "anon_inode:[signalfd]":
-            files.add(name.removesuffix(" (deleted)"))
-    assert files == {
-        "/dev/null",
-        "/dev/net/tun",
-        f"{guest.directory}/vmm.lock",
-        f"{DEFAULT_BUNDLE}/vmlinuz",
-        "/memfd:initrd",
+            name = f"pipe {fd.name}"
+        flags = int((fd.parent.parent / "fdinfo" / fd.name).read_text().split()[3], 8)
+        found.add((name.removesuffix(" (deleted)"), ("r", "w", "rw")[flags & os.O_ACCMODE]))
+    events = {("anon_inode:[eventfd]", "rw"), ("anon_inode:[eventpoll]", "rw"), ("anon_inode:[signalfd]", "rw")}
+    return found - events
+
+
+def test_its_descriptors(guest: state.GuestRecord, tmp_path: Path) -> None:
+    always = {
+        ("/dev/null", "r"),
+        ("/dev/null", "rw"),  # its stdout
+        ("pipe 2", "w"),
+        ("socket", "rw"),  # its console and its QMP
+        ("/dev/net/tun", "rw"),
+        (f"{guest.directory}/vmm.lock", "r"),
+        (f"{DEFAULT_BUNDLE}/vmlinuz", "r"),
+        ("/memfd:initrd", "r"),
     }
-    assert pipes == [("2", "01")]  # its stderr; O_WRONLY
-    unix = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
-    assert sockets <= unix  # its console and its QMP; none that leads to a network, or of netlink
+    assert descriptors(guest) == always
+
+    for file in ("vmlinuz", "initrd"):
+        (tmp_path / file).symlink_to(DEFAULT_BUNDLE / file)
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    manifest = (DEFAULT_BUNDLE / "uklaunch.toml").read_text()
+    (tmp_path / "uklaunch.toml").write_text(f'disks = ["disk.raw"]\n{manifest}')
+    other = start("disk", "--no-wait", image=str(tmp_path))
+    try:
+        found = descriptors(other)
+        overlays = {item for item in found if item[0].startswith(f"{OVERLAY_DIR}/#")}
+        assert found - overlays == {item for item in always if item[0] != f"{guest.directory}/vmm.lock"} | {
+            (f"{other.directory}/vmm.lock", "r"),
+            (str(tmp_path / "disk.raw"), "r"),
+        }
+        assert [mode for _, mode in overlays] == ["rw"]
+    finally:
+        uklaunch("stop", f"{POD}/disk")
 
 
 def test_its_supervisor_keeps_only_the_capabilities_that_it_needs(guest: state.GuestRecord) -> None:
