@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import ExitCode, UsageError
+from .errors import ExitCode, UsageError, printable
 from .model import Accel, Family, LogDriver, Port
 
 DEFAULT_BUNDLE = Path("/var/lib/uklaunch/default")
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         return [*config.arguments(given.config, options), *rest]
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see: {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog}: {printable(message)} (see: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(ExitCode.USAGE)
 
 

@@ -24,18 +24,25 @@ class ExitCode(IntEnum):
     NOT_FOUND = 127  # the image or command does not exist
 
 
+def printable(text: str) -> str:
+    """As one line that a terminal only shows: what names, files and programs say may have its commands in it."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 class UklaunchError(Exception):
     """A failure to show to a person.
 
-    `message` says what and why, in one line; `hint` says what to do; `detail` is for `-v`.
+    `message` says what and why, in one line; `hint` says what to do; `detail` is for `-v`. The first two are made
+    `printable`.
     """
 
     exit_code = ExitCode.OURS
 
     def __init__(self, message: str, hint: str = "", detail: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(self.message)
         self.detail = detail
 
 

@@ -26,6 +26,7 @@ from .errors import UklaunchError
 
 LIMIT_BYTES = 1 << 20
 KINDS = ("created", "starting", "ready", "healthy", "unhealthy", "restarting", "taken over", "stopped", "removed")
+TIME_LIMIT_S = 1 << 36  # in the year 4147: localtime(3) takes no more than some 2^55
 _IN_MODIFY, _IN_MOVED_TO, _IN_CREATE = 0x2, 0x80, 0x100
 
 
@@ -97,8 +98,10 @@ def _older() -> Path:
 
 def _parse(lines: bytes) -> Iterator[Event]:
     for line in lines.splitlines():
-        with contextlib.suppress(ValueError, TypeError):  # of another version
-            yield Event(**json.loads(line))
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # of another version, or damaged
+            event = state.structure(Event, json.loads(line))
+            if 0 <= event.time < TIME_LIMIT_S:
+                yield event
 
 
 def read() -> Iterator[Event]:

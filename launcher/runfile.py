@@ -65,5 +65,5 @@ def read(directory: Path) -> tuple[GuestSpec, RunOptions]:
         return converter.structure(values["spec"], GuestSpec), converter.structure(values["options"], RunOptions)
     except OSError as exc:
         raise state.state_error(path(directory), exc) from exc
-    except (ValueError, KeyError, TypeError, BaseValidationError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError, BaseValidationError) as exc:
         raise UklaunchError(f"{path(directory)} is damaged", "end the guest: uklaunch gc --kill", repr(exc)) from exc

@@ -32,9 +32,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UklaunchError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 TAG = "uklaunch"  # in the alias of every link that we make, and in the journal
 NETNS_DIR = Path("/run/netns")
@@ -140,6 +144,7 @@ class GuestRecord:
 
 
 Record = TypeVar("Record", PodRecord, GuestRecord)
+Structured = TypeVar("Structured", bound="DataclassInstance")
 
 
 def pod_file(pod: str) -> Path:
@@ -150,16 +155,48 @@ def guest_dir(pod: str, name: str) -> Path:
     return root() / "guests" / pod / name
 
 
+# How a field is declared -> what JSON makes of it, when lists have become tuples.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, NoneType),
+    "bool": (bool,),
+    "int": (int,),
+    "int | None": (int, NoneType),
+    "float": (int, float),
+    "float | None": (int, float, NoneType),
+    "tuple[str, ...]": (tuple,),
+    "dict[str, str]": (dict,),
+    "dict[str, Any]": (dict,),
+}
+
+
+def structure(cls: type[Structured], values: Any) -> Structured:
+    """The dataclass of what JSON said; what it does not know is passed over. Raises TypeError.
+
+    Quicker than to import what does it for any type: `ps` has to be.
+    """
+    if not isinstance(values, dict):
+        raise TypeError("it is no object")
+    given: dict[str, Any] = {}
+    for field in fields(cls):
+        if field.name in values:
+            value = values[field.name]
+            value = tuple(value) if isinstance(value, list) else value
+            items = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+            texts = "Any" in str(field.type) or all(isinstance(item, str) for item in items)
+            if not isinstance(value, _KINDS[str(field.type)]) or not texts:
+                raise TypeError(f"{field.name} is {str(value)[:40]!r}")
+            given[field.name] = value
+    return cls(**given)
+
+
 def _read(cls: type[Record], path: Path) -> Record | None:
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
-        known = {field.name for field in fields(cls)}
-        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        return cls(**{key: value for key, value in {**values, **lists}.items() if key in known})
+        return structure(cls, json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as exc:
-        raise UklaunchError(f"{path} is damaged: {exc}", "remove it, then run: uklaunch gc") from exc
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise UklaunchError(f"{path} is damaged: {exc}"[:300], "remove it, then run: uklaunch gc") from exc
     except OSError as exc:
         raise state_error(path, exc) from exc
 

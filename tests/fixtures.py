@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from launcher.guests import bootfs, rofs
 
 SECTOR = 512
+FUZZ = int(os.environ.get("UKLAUNCH_FUZZ", "1"))  # how many times as long fuzzers look
 
 
 def elf(*, pvh: bool = False, multiboot: bool = False, text: bytes = b"", bits: int = 64) -> bytes:

@@ -9,6 +9,7 @@ Source: scripts/mkbootfs.py and `unpack_bootfs` in fs/vfs/main.cc in OSv's tree.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
 from collections.abc import Iterator
@@ -16,22 +17,38 @@ from collections.abc import Iterator
 RECORD = struct.Struct("<QQB111s")
 NAME_OFFSET = 17
 LINK = 1
+RECORDS_LIMIT = 1 << 17
+TOTAL_LIMIT_BYTES = 16 << 20
 
 
 def read(content: mmap.mmap | bytes, end: int, prefix: str) -> dict[str, bytes]:
-    """The plain files whose path begins with `prefix`, without it; {} if there is no bootfs, or no such file."""
+    """The plain files whose path begins with `prefix`, without it; {} if there is no bootfs, or no such file.
+
+    {} too if looking for it takes more than RECORDS_LIMIT, or TOTAL_LIMIT_BYTES: no honest kernel has as much.
+    """
     wanted = prefix.encode()
+    left = RECORDS_LIMIT
     for type_ in (0, LINK):
         at = content.find(bytes((type_,)) + wanted, 0, end)
-        while at >= 0:
-            if (start := _start(content, at - NAME_OFFSET + 1)) is not None:
-                return {
-                    name.removeprefix(prefix): content[start + offset : start + offset + size]
-                    for size, offset, kind, name in _records(content, start)
-                    if name.startswith(prefix) and kind != LINK and not name.endswith("/")
-                }
+        while at >= 0 and left > 0:
+            start, looked_at = _start(content, at - NAME_OFFSET + 1, left)
+            left -= looked_at
+            if start is not None:
+                return _files(content, start, prefix)
             at = content.find(bytes((type_,)) + wanted, at + 1, end)
     return {}
+
+
+def _files(content: mmap.mmap | bytes, start: int, prefix: str) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    total = 0
+    for size, offset, kind, name in _records(content, start):
+        if name.startswith(prefix) and kind != LINK and not name.endswith("/"):
+            found[name.removeprefix(prefix)] = data = content[start + offset : start + offset + size]
+            total += len(data)
+            if total > TOTAL_LIMIT_BYTES:
+                return {}
+    return found
 
 
 def _record(content: mmap.mmap | bytes, at: int) -> tuple[int, int, int, str] | None:
@@ -44,18 +61,23 @@ def _record(content: mmap.mmap | bytes, at: int) -> tuple[int, int, int, str] | 
     return size, offset, kind, name.decode()
 
 
-def _start(content: mmap.mmap | bytes, at: int) -> int | None:
-    """Where the first record is, from any of them: each one's content ends where the next one's begins."""
+def _start(content: mmap.mmap | bytes, at: int, limit: int) -> tuple[int | None, int]:
+    """Where the first record is, from any of them, and how many were looked at.
+
+    Each one's content ends where the next one's begins.
+    """
     record = _record(content, at)
-    while record is not None:
+    looked_at = 1
+    while record is not None and looked_at < limit:
         before = _record(content, at - RECORD.size)
+        looked_at += 1
         if before is None or not before[3] or before[0] + before[1] != record[1]:
             break
         at, record = at - RECORD.size, before
     if record is None:
-        return None
-    count = sum(1 for _ in _records(content, at))
-    return at if record[1] == (count + 1) * RECORD.size else None
+        return None, looked_at
+    count = sum(1 for _ in itertools.islice(_records(content, at), limit))
+    return (at if record[1] == (count + 1) * RECORD.size else None), looked_at + count
 
 
 def _records(content: mmap.mmap | bytes, start: int) -> Iterator[tuple[int, int, int, str]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 MAGIC = 0xDEADBEAD
@@ -21,6 +21,7 @@ VERSION = 1
 BLOCK = 512
 DIRECTORY, FILE, LINK = 0x4000, 0x8000, 0xA000
 READ_LIMIT_BYTES = 1 << 20  # of structures, and of each file: /etc is small, a damaged image may claim anything
+TOTAL_LIMIT_BYTES = 16 << 20  # of all files: a hostile one may name one file a thousand times
 
 _SUPERBLOCK = struct.Struct("<8Q")
 _INODE = struct.Struct("<4Q")
@@ -62,12 +63,16 @@ def write(files: Mapping[str, bytes]) -> bytes:
     return superblock + bytes(BLOCK - len(superblock)) + bytes(blocks) + structures
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Tree:
     file: BinaryIO
     start: int
     dirents: list[tuple[int, str]]
     inodes: list[tuple[int, int, int, int]]
+    left: int = field(init=False)  # names that have not been looked at
+
+    def __post_init__(self) -> None:
+        self.left = len(self.dirents)
 
     def children(self, index: int) -> Iterator[tuple[str, int]]:
         mode, _, first, count = self.inodes[index]
@@ -78,6 +83,9 @@ class _Tree:
     def walk(self, index: int, prefix: str, depth: int = 0) -> Iterator[tuple[str, bytes]]:
         for name, child in self.children(index):
             mode, _, offset, size = self.inodes[child]
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError("more names than there are: a directory is in itself")
             if mode & 0xF000 == FILE and size <= READ_LIMIT_BYTES:
                 self.file.seek(self.start + offset * BLOCK)
                 yield prefix + name, self.file.read(size)
@@ -95,7 +103,14 @@ def read(file: BinaryIO, start: int, directory: str) -> dict[str, bytes]:
         if tree is None:
             return {}
         top = dict(tree.children(0))
-        return dict(tree.walk(top[directory], "")) if directory in top else {}
+        found: dict[str, bytes] = {}
+        total = 0
+        for path, data in tree.walk(top[directory], "") if directory in top else ():
+            found[path] = data
+            total += len(data)
+            if total > TOTAL_LIMIT_BYTES:
+                return {}
+        return found
     except (struct.error, IndexError, UnicodeDecodeError, ValueError, OverflowError):
         return {}
 

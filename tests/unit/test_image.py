@@ -253,7 +253,7 @@ def qcow2_sample(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return fixtures.qcow2(SAMPLES["osv disk"][0], path, "-o", "cluster_size=512").read_bytes()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50 * fixtures.FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_qcow2_disks_never_give_a_traceback(data: st.DataObject, qcow2_sample: bytes, tmp_path: Path) -> None:
     content = bytearray(qcow2_sample)
@@ -265,7 +265,7 @@ def test_mutated_qcow2_disks_never_give_a_traceback(data: st.DataObject, qcow2_s
         identify(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300 * fixtures.FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_images_never_give_a_traceback(data: st.DataObject, tmp_path: Path) -> None:
     content = bytearray(data.draw(st.sampled_from([sample[0] for sample in SAMPLES.values()])))
