@@ -88,6 +88,8 @@ Publish=443:\\
 ; continued
  443
 Env=A=b "c" \\d $e
+EnvFile=secret
+EnvFile=%d/other
 [Service]
 MemoryMax=1G
 [Install]
@@ -117,7 +119,7 @@ After=other.service
 [Service]
 ExecStart=
 ExecStart=uklaunch run "--name=web" "--pod=my-shop" "--memory=2M" "--publish=443:443" "--env=A=b \\"c\\" \\\\d $$e" \
-"{etc}/web.img"
+"--env-file={etc}/secret" "--env-file=%d/other" "{etc}/web.img"
 Slice=uklaunch-my\\x2dshop.slice
 MemoryMax=1G
 """,
