@@ -15,7 +15,7 @@ from launcher import capabilities, control, state
 from launcher.arguments import DEFAULT_BUNDLE
 from launcher.errors import UklaunchError
 from launcher.vmm import sandbox
-from launcher.vmm.qemu import OVERLAY_DIR
+from launcher.vmm.files import OVERLAY_DIR
 
 from .. import leaks
 from ..cli import shown, uklaunch
