@@ -138,7 +138,8 @@ def test_the_watchdog_ends_a_stopped_supervisor_and_starts_another(host: Host) -
         host.wait_event(f"active {WEB}")
         first = int(host.show(WEB, "MainPID"))
         host.kill(first, signal.SIGSTOP)
-        assert host.wait_event(f"active {WEB}") == [f"stopped {WEB} watchdog", f"active {WEB}"]
+        host.wait_event(f"stopped {WEB} watchdog", timeout_s=10)
+        assert host.wait_event(f"active {WEB}") == [f"active {WEB}"]
         assert guests(host) == {"web": "ready", "db": "ready"}
         assert host.show(WEB, "MainPID") != str(first)
         assert host.show(WEB, "NRestarts") == "1"
@@ -191,13 +192,18 @@ def test_a_console_in_the_journal(host: Host) -> None:
 
 
 def test_a_console_that_goes_to_the_journal_anyway_goes_there_once(host: Host) -> None:
-    of_web = "LogDriver=journald\nCmdline=echo once; httpd -f -p 8080\nReadyPort=8080\n"
+    of_web = "LogDriver=journald\nCmdline=echo once; httpd -p 8080; while sleep 1; do echo tick; done\nReadyPort=8080\n"
     (host.directory / "etc" / "web.guest").write_text(WEB_GUEST + "[Guest]\n" + of_web)
     host.drop_in(WEB, "[Service]\nStandardOutput=journal\n")
     with host.booted():
         host.wait_event(f"active {WEB}")
         (entry,) = host.journal(f"_SYSTEMD_UNIT={WEB}", "MESSAGE=once")
         assert entry["UKLAUNCH_GUEST"] == "web"
+        # And it goes on there under another supervisor.
+        host.kill(int(entry["_PID"]), signal.SIGHUP)
+        for command, text in (("uklaunch events", "taken over"), ("journalctl --lines=0 MESSAGE=tick", "tick")):
+            host.run("bash", "-c", f"grep --max-count=1 '{text}' < <({command} --follow 2>/dev/null)")
+        assert len(host.journal("MESSAGE=once")) == 1
 
 
 def test_a_journal_that_hangs_costs_lines_and_nothing_else(host: Host) -> None:
