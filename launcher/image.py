@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
+import shutil
 import stat
 import struct
 import subprocess
@@ -287,14 +288,23 @@ def _read(path: ImageFile, start: int, length: int) -> bytes:
         return file.read(length)
 
 
+# What a disk of some kilobytes may claim to be can take all there is: memory to check, time, files to unpack into.
+_LIMITS = ("prlimit", f"--as={4 << 30}", f"--fsize={4 << 30}", "--cpu=60", "--core=0", "--")
+
+
 def _qemu_img(path: ImageFile, *words: str) -> str:
     try:
-        command = ["qemu-img", *words]
+        program = shutil.which("qemu-img")
+        if program is None:
+            raise UklaunchError("the command qemu-img is missing", "apt-get install qemu-utils")
+        command = [*_LIMITS, program, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True, pass_fds=(path.fd,)).stdout
-    except FileNotFoundError:
-        raise UklaunchError("the command qemu-img is missing", "apt-get install qemu-utils") from None
     except subprocess.CalledProcessError as exc:
-        why = (exc.stderr.strip() or "qemu-img gave no reason").splitlines()[-1].removeprefix("qemu-img: ")
+        why = (
+            (exc.stderr.strip() or f"qemu-img gave no reason, code {exc.returncode}")
+            .splitlines()[-1]
+            .removeprefix("qemu-img: ")
+        )
         why = why.replace(path.link, str(path))
         raise ImageError(f"{path} is damaged or cut off: {why}", "copy it again; see: qemu-img check") from exc
 
@@ -364,6 +374,9 @@ def _etc(path: ImageFile, head: bytes, size: int) -> dict[str, bytes]:
 
     parts = list(_partitions(head)) if head[0x1FE:0x200] == b"\x55\xaa" else []
     for start, length in parts or [(0, size)]:
+        length = min(length, rofs.size(_read(path, start, SECTOR)))  # not all of a partition that is something else
+        if not length:
+            continue
         with _slice(path, start, length) as (file, at):
             if etc := rofs.read(file, at, "etc"):
                 return etc

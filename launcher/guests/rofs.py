@@ -93,6 +93,14 @@ class _Tree:
                 yield from self.walk(child, f"{prefix}{name}/", depth + 1)
 
 
+def size(head: bytes) -> int:
+    """How many bytes the file system that begins so takes, as it says; 0: it is none."""
+    if len(head) < _SUPERBLOCK.size:
+        return 0
+    magic, version, block, first, blocks, *_ = _SUPERBLOCK.unpack_from(head)
+    return (first + blocks) * BLOCK if (magic, version, block) == (MAGIC, VERSION, BLOCK) else 0
+
+
 def read(file: BinaryIO, start: int, directory: str) -> dict[str, bytes]:
     """The files below a top-level directory of the file system that begins `start` bytes into the file.
 

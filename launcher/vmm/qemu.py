@@ -116,7 +116,8 @@ def _disk_arguments(number: int, disk: DiskFds, bus: str, *, boots: bool) -> Ite
     top = f"disk{number}"
     base = top if disk.overlay is None else f"{top}-base"
     yield from file_node(f"{base}-file", disk.base, 2 * number + 1, read_only=True)
-    yield from blockdev(driver="qcow2" if disk.qcow2 else "raw", node_name=base, file=f"{base}-file", read_only=True)
+    whole = {"driver": "qcow2", "backing": None} if disk.qcow2 else {"driver": "raw"}  # whatever its header says
+    yield from blockdev(**whole, node_name=base, file=f"{base}-file", read_only=True)
     if disk.overlay is not None:
         yield from file_node(f"{top}-file", disk.overlay, 2 * number + 2, read_only=False)
         yield from blockdev(driver="qcow2", node_name=top, file=f"{top}-file", backing=base)

@@ -142,6 +142,20 @@ def test_no_tool_sees_a_disk_that_names_other_files(
         identify(tmp_path / "disk")
 
 
+def test_a_small_disk_that_claims_to_be_huge_takes_no_time_and_no_space(tmp_path: Path) -> None:
+    """Half a mebibyte whose root says that it is as large as its partition: 1 TiB."""
+    root = bytearray(fixtures.osv_disk("/hello.so", {"hosts": b"x"}))
+    struct.pack_into("<I", root, 446 + 16 + 12, (1 << 40) // 512)
+    struct.pack_into("<Q", root, 128 * 512 + 24, (1 << 40) // 512 - 1)  # its structure area begins there
+    (tmp_path / "raw").write_bytes(root)
+    os.truncate(tmp_path / "raw", (1 << 40) + 128 * 512)
+    raw, disk = str(tmp_path / "raw"), str(tmp_path / "disk")
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, disk], check=True)
+    assert Path(disk).stat().st_size < 1 << 20
+    with pytest.raises(ImageError, match="File too large"):
+        identify(disk)
+
+
 def test_no_tool_sees_a_qcow2_disk_of_another_version(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(b"QFI\xfb" + struct.pack(">I", 1) + bytes(200))
     with pytest.raises(ImageError, match="version 1"):

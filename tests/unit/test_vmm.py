@@ -73,6 +73,7 @@ def test_a_guest_writes_to_an_overlay_and_a_whole_disk_boots() -> None:
     nodes = option(args, "-blockdev")
     assert sum('"read-only": false' in node for node in nodes) == 1
     assert any('"backing": "disk0-base"' in node for node in nodes)
+    assert '"backing": null' in next(node for node in nodes if '"node-name": "disk0-base",' in node)
     bootable = [device for device in option(args, "-device") if "bootindex=0" in device]
     assert bootable == ["virtio-blk-pci,drive=disk0,bootindex=0"]
 
