@@ -1,12 +1,14 @@
 """A guest's environment is for the guest alone: not in arguments, environments, records or files that others can read.
 
 Looked for as root where we write, and as nobody where anybody may look, while guests run that were given a secret.
+And its image is the one that was looked at, also when it starts again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,3 +139,24 @@ def test_a_command_line_with_a_secret_reaches_the_kernel_and_nobody_else(tmp_pat
         finally:
             process.terminate()
             process.communicate(timeout=30)
+
+
+def test_a_guest_that_starts_again_does_so_from_the_image_that_it_had(tmp_path: Path) -> None:
+    for name in ("vmlinuz", "initrd"):
+        shutil.copy(DEFAULT_BUNDLE / name, tmp_path)
+    (tmp_path / "uklaunch.toml").write_text("kernel = 'vmlinuz'\ninitrd = 'initrd'\n")
+    with subprocess.Popen(
+        [*COMMAND, "run", str(tmp_path), "--pod", POD, "--name", "n", "--rm", "--restart", "on-failure:1",
+         "--cmdline", "echo it runs; sleep 1; exit 3"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=Path(__file__).parent.parent.parent,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        runs = 0
+        for line in process.stdout:
+            if "it runs" in line:
+                runs += 1
+                for name in ("vmlinuz", "initrd"):
+                    (tmp_path / "other").write_text("another's")
+                    (tmp_path / "other").replace(tmp_path / name)
+    assert (runs, process.returncode) == (2, 3)
