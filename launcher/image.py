@@ -467,6 +467,9 @@ class _Manifest:
             families = ", ".join(Family)
             raise self._bad("family", f"{stated!r} is unknown", f"use one of {families}") from None
         family = family or stated
+        for disk in disks if kernel else disks[1:]:
+            if _is_qcow2(disk):
+                _qcow2_size(disk)  # whole in itself, as the one that boots
         root = _osv_root(disks[0]) if kernel and disks and family is Family.OSV else None
         return Image(
             path=self.file.parent,

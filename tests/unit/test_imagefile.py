@@ -142,6 +142,16 @@ def test_no_tool_sees_a_disk_that_names_other_files(
         identify(tmp_path / "disk")
 
 
+@pytest.mark.parametrize("manifest", ["kernel='kernel'\ndisks=['disk', 'more']", "disks=['disk', 'more']"])
+def test_nor_one_that_comes_second(manifest: str, tmp_path: Path) -> None:
+    path = bundle(tmp_path, manifest)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", path / "more"], check=True
+    )
+    with pytest.raises(ImageError, match="more is an overlay"):
+        identify(path)
+
+
 def test_a_small_disk_that_claims_to_be_huge_takes_no_time_and_no_space(tmp_path: Path) -> None:
     """Half a mebibyte whose root says that it is as large as its partition: 1 TiB."""
     root = bytearray(fixtures.osv_disk("/hello.so", {"hosts": b"x"}))
