@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .errors import ImageError, ImageNotFound, UklaunchError, UsageError
+from .errors import ImageError, ImageNotFound, UklaunchError, UsageError, exhausted
 from .imagefile import ImageFile
 from .model import Family, Image, ImageFormat, Port, parse_memory_mib
 
@@ -86,7 +86,7 @@ def identify(path: Path | str, family: Family | None = None, sha256: str | None 
     except NotADirectoryError:
         raise ImageNotFound(f"there is no image {path}", "a part of its path is a file") from None
     except OSError as exc:
-        raise ImageError(f"cannot read {path}: {exc.strerror}") from exc
+        raise exhausted(exc) or ImageError(f"cannot read {path}: {exc.strerror}") from exc
     except ValueError:  # a NUL, which a configuration file can have in it
         raise ImageNotFound(f"there is no image {str(path)!r}", "that is no name of a file") from None
     return image if family is None else replace(image, family=family)
@@ -523,7 +523,7 @@ class _Manifest:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             raise self._bad(key, f"names {path}, which is no file", "paths start at the bundle's directory") from None
         except OSError as exc:
-            raise self._bad(key, f"names {path}, which cannot be read: {exc.strerror}") from None
+            raise exhausted(exc) or self._bad(key, f"names {path}, which cannot be read: {exc.strerror}") from None
         if not (Path(file.link).readlink().is_relative_to(self.file.parent) or _is_public(file)):
             raise self._bad(
                 key, f"names {path}, outside the bundle, which not everybody may read", "copy it into the bundle"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from typing import TypeVar
 
 import trio
 
-from . import events, journal, pod, runfile, state
+from . import events, journal, pod, rlimits, runfile, state
 from .console import Console, open_console
 from .errors import UklaunchError, UsageError
 from .guest import Guest, RunOptions, StartVmm
@@ -33,29 +32,6 @@ from .vmm import VMMS
 from .vmm.accel import KvmStatus, choose
 
 T = TypeVar("T")
-
-ADDRESS_SPACE_MIB = 512  # beside the guest's memory; QEMU wants more, and can say so itself
-FILES = 128  # descriptors: a launch takes about fifty, and two for each disk
-
-
-def _check_limits(memory_mib: int) -> None:
-    """Room for a launch, or an error while nothing has been made yet: Python hangs when a thread gets no memory."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    needed_mib = memory_mib + ADDRESS_SPACE_MIB
-    if soft != resource.RLIM_INFINITY and soft < needed_mib << 20:
-        raise UklaunchError(
-            f"a launch needs {needed_mib} MiB of address space, and {soft >> 20} are allowed",
-            "ulimit -v, or LimitAS= of its unit",
-        )
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= FILES or soft == resource.RLIM_INFINITY:
-        return
-    if hard < FILES and hard != resource.RLIM_INFINITY:
-        raise UklaunchError(
-            f"a launch may need {FILES} open files, and {hard} are allowed",
-            "ulimit -n, or LimitNOFILE= of its unit",
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +157,7 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
     """
     options = options or RunOptions()
     check_name("guest", spec.name)
-    _check_limits(spec.memory_mib)
+    rlimits.check(spec.memory_mib)
     if options.log_driver is LogDriver.JOURNALD:
         journal.check()
     accel, kvm = choose(options.accel)

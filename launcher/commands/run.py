@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import capabilities, control, environment, foreground, state
+from .. import capabilities, control, environment, foreground, rlimits, state
 from ..arguments import DEFAULT_BUNDLE
 from ..errors import ImageNotFound, UklaunchError, UsageError, first_error
 from ..model import Family, Port, check_name, parse_memory_mib, parse_mtu
@@ -64,6 +64,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     args.restart = RestartPolicy.parse(args.restart)
     args.health = parse_health(args) if args.health else None
     args.after = [check_name("guest", other) for other in args.after]
+    rlimits.check_files()  # an image's are open from here on
     image = identify(path, Family(args.family) if args.family else None, sha256)
     environment.check(env := {**image.env, **env})
     environment.check_text("--cmdline", args.cmdline or "")

@@ -31,7 +31,7 @@ LAYERS = (
     {"net", "publish", "events"},
     {"state"},
     {"health"},
-    {"model", "timeline", "restart", "fault", "threads", "capabilities"},
+    {"model", "rlimits", "timeline", "restart", "fault", "threads", "capabilities"},
     {"imagefile"},
     {"errors"},
 )
