@@ -68,8 +68,9 @@ struct guest {
 	__u8 seen_ipv4;
 	__u8 seen_ipv6;
 	__u8 pad[2];
+	__u32 rate_link; /* ifindex of the link whose qdisc limits what it sends: see shaped() */
 };
-_Static_assert(sizeof(struct guest) == 48, "guest");
+_Static_assert(sizeof(struct guest) == 52, "guest");
 
 BPF_F_TABLE("hash", struct guest_key, struct guest, guests, GUESTS_MAX, BPF_F_NO_PREALLOC);
 
@@ -239,6 +240,7 @@ BPF_PERCPU_ARRAY(scratch, struct scratch, 1);
 enum {
 	PROGRAM_DECIDE,
 	PROGRAM_ASK,
+	PROGRAM_LOCALHOST,
 	PROGRAMS
 };
 

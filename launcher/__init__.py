@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .guest import Guest, RunOptions
     from .health import HealthCheck
     from .image import identify
+    from .limits import Limits
     from .model import Accel, AddressPlan, Family, GuestSpec, Port, Protocol
     from .pod import open_pod
     from .publish import Publish
@@ -29,6 +30,7 @@ __all__ = [
     "Guest",
     "GuestSpec",
     "HealthCheck",
+    "Limits",
     "Port",
     "Protocol",
     "Publish",
@@ -44,6 +46,7 @@ _HOMES = {
     **dict.fromkeys(("Accel", "AddressPlan", "Family", "GuestSpec", "Port", "Protocol"), "model"),
     **dict.fromkeys(("Guest", "RunOptions"), "guest"),
     "HealthCheck": "health",
+    "Limits": "limits",
     "Publish": "publish",
     "RestartPolicy": "restart",
     "UklaunchError": "errors",

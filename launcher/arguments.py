@@ -181,7 +181,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--pod", required=True, metavar="POD", help="made if it does not exist, and goes with its guests")
     run.add_argument("--name", help="the guest's name and host name (default: the image's)")
     run.add_argument("-m", "--memory", metavar="SIZE", help="such as 128M or 1G")
-    run.add_argument("--cpus", type=int, metavar="N")
+    run.add_argument("--cpus", metavar="N", help="vCPUs; 0.5: one, and half a CPU's time")
+    run.add_argument("--disk-rate", metavar="SIZE", help="of its disks, a second, read and written: such as 10M")
+    run.add_argument("--disk-iops", type=positive, metavar="N", help="of its disks, requests a second")
+    run.add_argument("--net-rate", metavar="IN[:OUT]", help="of its network, such as 50mbit; one for both directions")
     run.add_argument("--expose", action="append", default=[], metavar="PORT[/udp]", help="a port that this guest has")
     run.add_argument("--mtu", metavar="BYTES", help="of the guest's link, up to 65535 (default: 1500; linux: 32768)")
     run.add_argument(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import events, state
+from . import cgroup, events, state
 from .errors import UklaunchError, UsageError
 
 RELOAD_TIMEOUT_S = 30.0
@@ -165,11 +165,17 @@ def _bury(record: state.GuestRecord) -> None:
             health=None,
             vmm_pid=0,
         )
+        _remove_cgroup(current)
     events.note("stopped", record.pod, record.name, exit_code=int(ExitCode.OURS), reason="supervisor died")
     from . import pod
 
     pod.forget_dead_guests(record.pod)
     pod.delete_if_abandoned(record.pod)
+
+
+def _remove_cgroup(record: state.GuestRecord) -> bool:
+    left = cgroup.existing(record.cgroup)
+    return left is not None and cgroup.remove(left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,8 @@ def _collect_guest(pod: str, guest: str, *, kill: bool) -> Iterator[Collected]:
             yield Collected("guest", name, "its supervisor had died; removed")
         else:
             yield Collected("guest", name, "its supervisor had died; recorded as ended")
+    elif _remove_cgroup(record):
+        yield Collected("cgroup", record.cgroup, "its guest had ended; removed")
 
 
 def _forget_dead(pod: str, guest: str) -> bool:
@@ -246,6 +254,8 @@ def _collect_pod(name: str) -> Iterator[Collected]:
 
     if pod.delete_if_abandoned(name):
         yield Collected("pod", name, "nobody's any more; removed")
+    else:
+        pod.forget_dead_guests(name)
 
 
 def _collect_half_made(pod: str, guest: str) -> Iterator[Collected]:

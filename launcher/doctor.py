@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import cgroup
 from .errors import UklaunchError
 from .vmm.accel import kvm_status
 
@@ -45,6 +46,7 @@ def examine() -> list[Finding]:
         _qemu,
         _qemu_img,
         _kvm,
+        _cgroup,
         _runtime,
         _dumpcap,
     )
@@ -179,6 +181,25 @@ def _kvm() -> Finding:
         ok=status.usable,
         found="hardware virtualisation" if status.usable else f"{status.why}; guests run slowly, by TCG",
         remedy=status.remedy,
+        required=False,
+    )
+
+
+def _cgroup() -> Finding:
+    try:
+        home = cgroup.find_home()
+    except OSError as exc:
+        home, found = None, str(exc.strerror)
+    else:
+        found = "not mounted"
+    if home is not None:
+        missing = [name for name in cgroup.CONTROLLERS if name not in home.controllers]
+        found = f"{home.path}, without {', '.join(missing)}" if missing else str(home.path)
+    return Finding(
+        need="cgroup v2",
+        ok=home is not None and not missing,
+        found=f"{found}: QEMU runs without those limits" if home is None or missing else found,
+        remedy=cgroup.HINT.partition(", or leave")[0],
         required=False,
     )
 

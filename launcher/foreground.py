@@ -74,6 +74,7 @@ def launch(spec: GuestSpec, args: argparse.Namespace) -> Job:
             health=args.health,
             after=tuple(args.after),
             after_timeout_s=args.ready_timeout,
+            limits=args.limits,
             remove_when_done=args.rm,
             log_driver=LogDriver(args.log_driver),
             note=note,

@@ -20,6 +20,7 @@ from .console import Console
 from .errors import ExitCode, UklaunchError, first_error
 from .guests import FAMILIES
 from .health import HealthCheck
+from .limits import UNLIMITED, Limits
 from .model import Accel, AddressPlan, Boot, ExitReason, LogDriver
 from .publish import Publish
 from .restart import RestartMode, RestartPolicy, Restarts
@@ -52,6 +53,7 @@ class RunOptions:
     health: HealthCheck | None = None
     after: tuple[str, ...] = ()  # guests of the pod that are to be ready (healthy, if they are checked) before
     after_timeout_s: float = AFTER_TIMEOUT_S
+    limits: Limits = UNLIMITED
     remove_when_done: bool = False
     log_driver: LogDriver = LogDriver.FILE
     note: Callable[[str], None] = lambda text: None  # is told what a person may want to know

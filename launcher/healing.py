@@ -75,7 +75,7 @@ async def _reason(upkeep: _Upkeep) -> None:
 def _opened(member: pod.Membership) -> Iterator[_Upkeep]:
     netns, record, plan = member.netns, member.record, pod.plan_of(member.record)
     uplink = net.link_indexes(netns).get(record.uplink_link, 0)
-    links = (net.LOOPBACK_IFINDEX, record.bridge, member.ifindex, uplink)
+    links = {net.LOOPBACK_IFINDEX, record.bridge, member.ifindex, uplink, *member.rate_indexes}
     with pod.open_router() as table, watching(netns, links) as watch:
         has_ipv6 = net.has_ipv6(netns, net.BRIDGE)
         versions = (4, 6) if has_ipv6 else (4,)
@@ -111,6 +111,7 @@ def _opened(member: pod.Membership) -> Iterator[_Upkeep]:
                 hook="ingress",
                 alias=f"{state.TAG}:{record.name}/{member.guest}",
                 mtu=member.mtu,
+                rate_bits=member.limits.net_in_bits,
                 master=record.bridge,
                 sysctls=net.tap_sysctls(member.tap),
             ),
@@ -119,6 +120,26 @@ def _opened(member: pod.Membership) -> Iterator[_Upkeep]:
             )
             if uplink
             else None,
+            links=links,
+        )
+
+
+def _rate_links(member: pod.Membership) -> Iterator[net.Device]:
+    """Both ends of the detour that limits what the guest sends."""
+    if member.limits.net_out_bits is None:
+        return
+    names = member.rate_link, net.rate_peer(member.rate_link)
+    rates, hooks = (member.limits.net_out_bits, None), ("", "ingress")
+    for name, index, rate_bits, hook in zip(names, member.rate_indexes, rates, hooks, strict=True):
+        yield net.Device(
+            label=f"rate limit {name}",
+            name=name,
+            index=index,
+            hook=hook,
+            alias=f"{state.TAG}:{member.record.name}/{member.guest}",
+            mtu=member.mtu,
+            rate_bits=rate_bits,
+            sysctls=net.tap_sysctls(name),
         )
 
 
@@ -133,6 +154,7 @@ class _Upkeep:
     bridge: net.Device
     tap: net.Device
     uplink: net.Device | None
+    links: set[int]  # whose events are heard
     offload: net.TapOffload = net.TapOffload(header=10, flags=0)  # drivers/net/tun.c, tun_set_iff
     broken: dict[str, None] = field(default_factory=dict)  # found so, in that order, and not yet seen mended
 
@@ -161,20 +183,25 @@ class _Upkeep:
         return mended, stuck
 
     def faults(self) -> dict[str, list[str]]:
-        """By the name of the device, in the order in which they are to be mended."""
-        devices = [device for device in (self.loopback, self.bridge, self.tap, self.uplink) if device is not None]
+        """By the name of the device."""
+        devices = [device for device, _ in self.devices()]
         return net.faults(self.member.netns, devices, self.member.record.id)
+
+    def devices(self) -> Iterator[tuple[net.Device, Callable[[], None]]]:
+        """Each with what puts it right, in the order in which they are to be mended."""
+        yield self.loopback, self.make_loopback
+        yield self.bridge, self.make_bridge
+        for device in _rate_links(self.member):
+            yield device, self.make_rate_link
+        yield self.tap, self.make_tap
+        if self.uplink is not None:
+            yield self.uplink, self.make_uplink
 
     def mend(self, found: dict[str, list[str]]) -> list[str]:
         """Returns what went wrong."""
         errors = []
-        for device, make in (
-            (self.loopback, self.make_loopback),
-            (self.bridge, self.make_bridge),
-            (self.tap, self.make_tap),
-            (self.uplink, self.make_uplink),
-        ):
-            if device is not None and device.name in found:
+        for device, make in self.devices():
+            if device.name in found:
                 try:
                     net.write_sysctls(self.member.netns, device.sysctls)
                     make()
@@ -196,7 +223,11 @@ class _Upkeep:
         member = self.member
         if member.ifindex not in net.link_indexes(member.netns).values():
             net.restore_tap(member.netns, member.tap_fd, member.tap, member.ifindex, self.offload)
-        member.attach(self.table.program_fd)
+        member.attach(self.table)
+
+    def make_rate_link(self) -> None:
+        self.member.make_rate_link(self.table)
+        self.links.update(self.member.rate_indexes)  # the second end's is the kernel's choice
 
     def make_uplink(self) -> None:
         record = self.member.record
@@ -212,7 +243,8 @@ class _Upkeep:
 
     @property
     def sysctls(self) -> dict[str, str]:
-        return {**self.loopback.sysctls, **self.bridge.sysctls, **self.tap.sysctls}
+        devices = (self.loopback, self.bridge, self.tap, *_rate_links(self.member))
+        return {name: value for device in devices for name, value in device.sysctls.items()}
 
     def take_note(self) -> None:
         """Of what has to be known when it is gone."""

@@ -32,6 +32,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import limits
 from .errors import UklaunchError
 from .model import AddressPlan, format_mac
 from .state import NETNS_DIR, TAG
@@ -46,9 +47,12 @@ Interface = IPv4Interface | IPv6Interface
 G = TypeVar("G", bound=tuple[IPv4Interface | IPv6Interface, ...])
 
 BRIDGE = "ukbr0"
+RATE_LINK = "ukrate"  # and the guest's index
 LOOPBACK_IFINDEX = 1  # in every network namespace: include/net/net_namespace.h
 ROUTER_FILTER = "uklaunch"
 ROUTER_PREFERENCE = 0x756B  # tc's "pref", by which our filter is told from a stranger's
+_RATE_HANDLE = ROUTER_PREFERENCE << 16  # the same for a qdisc
+_RATE_PACKET = 1 << 16  # what GSO makes of TCP's segments
 
 # Without these two, packets for 127/8 that the router injects into `lo` are martians (net/ipv4/route.c).
 LOOPBACK_SYSCTLS = {
@@ -351,7 +355,9 @@ def make_bridge(netns: Path, plan: AddressPlan, pod: str, index: int = 0) -> int
 
 
 def _get_link(ip: IPRoute, index: int) -> Any:
-    """None if there is no such link."""
+    """None if there is no such link, as there is none of index 0."""
+    if not index:
+        return None
     try:
         return ip.link("get", index=index)[0]
     except Exception as exc:
@@ -465,10 +471,12 @@ def attach_guest(
     program_fd: int,
     pod_id: int,
     index: int = 0,
+    rate_bits: int | None = None,
 ) -> None:
     """Filter the TAP, then make it a port of the bridge: no frame of the guest's gets past the router.
 
-    `index`: the TAP that has once been attached; what is amiss with it is put right.
+    `index`: the TAP that has once been attached; what is amiss with it is put right. `rate_bits`: so many a second may
+    go to the guest.
     """
     with _iproute(netns, f"join {tap} to {BRIDGE}") as ip:
         if index:
@@ -477,6 +485,8 @@ def attach_guest(
             index = int(ip.link_lookup(ifname=tap)[0])
         write_sysctls(netns, tap_sysctls(tap))
         _attach_router(ip, index, "ingress", program_fd, pod_id)
+        if rate_bits is not None:
+            _shape(ip, index, rate_bits)
         for address in addresses:  # what is known of them is of an earlier guest
             with contextlib.suppress(Exception):
                 ip.neigh("del", ifindex=bridge, dst=str(address))
@@ -494,6 +504,62 @@ def attach_uplink(netns: Path, index: int, program_fd: int, pod_id: int) -> bool
     for it."""
     with _iproute(netns, "attach the router to the uplink") as ip:
         return _attach_router(ip, index, "ingress", program_fd, pod_id)
+
+
+def make_rate_link(
+    netns: Path,
+    *,
+    name: str,
+    alias: str,
+    mtu: int,
+    rate_bits: int,
+    program_fd: int,
+    pod_id: int,
+    indexes: tuple[int, int] = (0, 0),
+) -> tuple[int, int]:
+    """The detour of what a guest sends: a veth pair whose first end holds it to so many bits a second. Idempotent.
+
+    Returns the ends' interface indexes. `indexes`: it has once been made; what is amiss with it is put right, and the
+    first end, which the router knows, keeps its index.
+    """
+    names = (name, rate_peer(name))
+    with _iproute(netns, f"make {name}") as ip:
+        links = [_get_link(ip, index) for index in indexes]
+        if None not in links:
+            for link, own in zip(links, names, strict=True):
+                _rename(ip, link, own)
+        else:
+            for left in [index for own in names for index in ip.link_lookup(ifname=own)][:1]:  # the other goes with it
+                ip.link("del", index=left)
+            ip.link("add", ifname=name, index=indexes[0], kind="veth", peer={"ifname": names[1]})
+        ends = (int(ip.link_lookup(ifname=names[0])[0]), int(ip.link_lookup(ifname=names[1])[0]))
+        write_sysctls(netns, {key: value for own in names for key, value in tap_sysctls(own).items()})
+        _shape(ip, ends[0], rate_bits)
+        _attach_router(ip, ends[1], "ingress", program_fd, pod_id)
+        for end in ends:
+            ip.link("set", index=end, ifalias=f"{TAG}:{alias}", mtu=mtu, state="up")
+    return ends
+
+
+def rate_peer(name: str) -> str:
+    return f"{name}b"
+
+
+def _shape(ip: IPRoute, index: int, rate_bits: int) -> None:
+    """Idempotent. What the router redirects to the link passes this too: net/core/filter.c, __bpf_tx_skb()."""
+    if _rate(ip, index) == rate_bits // 8:
+        return
+    burst = limits.burst_bytes(rate_bits)
+    queue = burst + rate_bits // 8 // 20  # 50 ms
+    ip.tc("replace", "tbf", index, handle=_RATE_HANDLE, rate=rate_bits // 8, burst=burst, limit=queue, mtu=_RATE_PACKET)
+
+
+def _rate(ip: IPRoute, index: int) -> int | None:
+    """Bytes a second of the tbf qdisc that `_shape` has put on the link."""
+    for qdisc in ip.get_qdiscs(index=index):
+        if qdisc["handle"] == _RATE_HANDLE and qdisc.get_attr("TCA_KIND") == "tbf":
+            return int(qdisc.get_attr("TCA_OPTIONS").get_attr("TCA_TBF_PARMS")["rate"])
+    return None
 
 
 def _attach_router(ip: IPRoute, index: int, hook: str, program_fd: int, pod_id: int) -> bool:
@@ -591,6 +657,7 @@ class Device:
     alias: str = ""
     mac: str = ""
     mtu: int = 0
+    rate_bits: int | None = None
     master: int = 0
     addresses: tuple[Interface, ...] = ()
     sysctls: Mapping[str, str] = field(default_factory=dict)
@@ -633,6 +700,8 @@ def _faults(
         return
     yield from _link_faults(link, device)
     yield from _address_faults(ip, device, addresses)
+    if device.rate_bits is not None and _rate(ip, device.index) != device.rate_bits // 8:
+        yield "its rate was taken off"
     if device.hook:
         yield from _router_faults(ip, device, pod_id)
     if link.get_attr("IFLA_IFNAME") != device.name:  # then its sysctls have another name too

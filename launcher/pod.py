@@ -19,6 +19,7 @@ import router
 
 from . import events, net, reset, resolver, state, uplink
 from .errors import UklaunchError, UsageError, try_all
+from .limits import UNLIMITED, Limits
 from .model import DEFAULT_MTU, GUEST_INDEX_MAX, GUEST_INDEX_MIN, TAP_MTU_MAX, AddressPlan, Nic, Port, check_name
 from .publish import Publish
 from .timeline import mark
@@ -187,8 +188,8 @@ def _remove_namespace(record: state.PodRecord) -> None:
     if not record.adopted:
         net.delete_netns(netns)
     elif netns.exists():
-        if bridge := net.link_indexes(netns).get(net.BRIDGE):
-            net.delete_link(netns, bridge)
+        present = net.link_indexes(netns)
+        net.delete_links(netns, [name for name in present if name == net.BRIDGE or name.startswith(net.RATE_LINK)])
         net.write_sysctls(netns, dict(reversed(record.saved_sysctls.items())))
     mark("namespace-gone")
 
@@ -316,7 +317,9 @@ class Membership:
     tap_fd: int
     mtu: int
     _lock: contextlib.ExitStack
+    limits: Limits = UNLIMITED
     ifindex: int = 0  # of the TAP, from `connect` on
+    rate_indexes: tuple[int, int] = (0, 0)  # of `rate_link` and its peer, if they are to be
     ports: tuple[Port, ...] = ()  # that the guest has declared
     resolver: resolver.Resolver = field(default_factory=resolver.Resolver)  # whom the guest is to ask for names
 
@@ -352,9 +355,10 @@ class Membership:
             else:
                 _forget_dead(self.record, table)  # or a guest that was killed keeps the ports of its next run
             self.ifindex, self.ports = net.link_indexes(self.netns)[self.tap], ports
+            self.make_rate_link(table)
             self._admit(table)
             mark("guest-row")
-            self.attach(table.program_fd)
+            self.attach(table)
             mark("attached")
         uplink.lead_to_resolver(self.record, self.resolver)
         uplink.publish(self.record, publish, self.guest)
@@ -372,6 +376,7 @@ class Membership:
                 ipv6=nic.ipv6.ip,
                 ports=tuple((port.protocol.value, port.number) for port in self.ports),
                 mtu=nic.mtu,
+                rate_link=self.rate_indexes[0],
             ),
         )
 
@@ -389,9 +394,29 @@ class Membership:
                 pass
         with state.pod_lock(self.record.name), open_router() as table:
             self._admit(table)
-            self.attach(table.program_fd)
+            self.attach(table)
 
-    def attach(self, program_fd: int) -> None:
+    @property
+    def rate_link(self) -> str:
+        return f"{net.RATE_LINK}{self.index}"
+
+    def make_rate_link(self, table: router.Router) -> None:
+        """The detour that limits what the guest sends, if it is to be. Idempotent; under the pod's lock."""
+        if self.limits.net_out_bits is None:
+            return
+        self.rate_indexes = net.make_rate_link(
+            self.netns,
+            name=self.rate_link,
+            alias=f"{self.record.name}/{self.guest}",
+            mtu=self.mtu,
+            rate_bits=self.limits.net_out_bits,
+            program_fd=table.shaped_fd,
+            pod_id=self.record.id,
+            indexes=self.rate_indexes,
+        )
+        mark("rate-link")
+
+    def attach(self, table: router.Router) -> None:
         """Idempotent; under the pod's lock."""
         nic = self.nic
         net.attach_guest(
@@ -401,9 +426,10 @@ class Membership:
             alias=f"{self.record.name}/{self.guest}",
             addresses=(nic.ipv4.ip, nic.ipv6.ip),
             mtu=nic.mtu,
-            program_fd=program_fd,
+            program_fd=table.program_fd if self.limits.net_out_bits is None else table.shaped_fd,
             pod_id=self.record.id,
             index=self.ifindex,
+            rate_bits=self.limits.net_in_bits,
         )
 
     def leave(self) -> None:
@@ -414,7 +440,16 @@ class Membership:
             record = state.read_pod(name)
             if record is None or self.record.id not in (0, record.id):
                 return  # the pod has gone, and perhaps another has its name
-            try_all(partial(mark, "leave"), partial(self._remove_row, record), partial(self._leave_pod, record))
+            try_all(
+                partial(mark, "leave"),
+                partial(self._remove_rate_link, record),
+                partial(self._remove_row, record),
+                partial(self._leave_pod, record),
+            )
+
+    def _remove_rate_link(self, record: state.PodRecord) -> None:
+        if self.limits.net_out_bits is not None and Path(record.netns).exists():
+            net.delete_links(Path(record.netns), [self.rate_link])
 
     def _remove_row(self, record: state.PodRecord) -> None:
         if self.ifindex and record.id:
@@ -431,16 +466,21 @@ class Membership:
             uplink.forget_guests(record, [guest.name for guest in others])
 
 
-def rejoin(guest: state.GuestRecord, tap_fd: int, ports: tuple[Port, ...], mtu: int) -> Membership:
+def rejoin(guest: state.GuestRecord, tap_fd: int, ports: tuple[Port, ...], mtu: int, limits: Limits) -> Membership:
     """The place of a guest that runs, for a new supervisor of it. `tap_fd` is borrowed. Nothing changes in the pod.
 
     Raises UklaunchError if its pod has gone.
     """
     record = state.get_pod(guest.pod)
-    member = Membership(record, guest.name, guest.index, guest.tap, tap_fd, mtu, contextlib.ExitStack(), ports=ports)
+    member = Membership(
+        record, guest.name, guest.index, guest.tap, tap_fd, mtu, contextlib.ExitStack(), limits, ports=ports
+    )
     with open_router() as table:  # asked here: the link itself may be gone, for `heal` to make anew
         mac = member.nic.mac
-        member.ifindex = next((row.ifindex for row in table.guests(record.id) if row.mac == mac), 0)
+        row = next((row for row in table.guests(record.id) if row.mac == mac), None)
+        if row is not None:
+            peer = net.link_indexes(member.netns).get(net.rate_peer(member.rate_link), 0)
+            member.ifindex, member.rate_indexes = row.ifindex, (row.rate_link, peer)
     if not member.ifindex:
         raise UklaunchError(f"the router does not know guest {guest.pod}/{guest.name}", "end it: uklaunch gc --kill")
     return member
@@ -464,6 +504,7 @@ def joining(
     outside: str | None = None,
     publish: Sequence[Publish] = (),
     mtu: int = DEFAULT_MTU,
+    limits: Limits = UNLIMITED,
 ) -> Iterator[Membership]:
     """A guest's place in a pod for the length of a block; makes the pod if it is missing.
 
@@ -496,7 +537,7 @@ def joining(
             if (left := state.read_pod(name)) is not None and not left.bridge:
                 _undo(name)
             raise
-        membership = Membership(record, guest, index, tap, tap_fd, mtu, lock, resolver=found)
+        membership = Membership(record, guest, index, tap, tap_fd, mtu, lock, limits, resolver=found)
         try:
             yield membership
         finally:
@@ -520,7 +561,11 @@ def forget_dead_guests(name: str) -> None:
 
 def _forget_dead(record: state.PodRecord, table: router.Router) -> None:
     """Under the pod's lock."""
-    present = set(net.link_indexes(Path(record.netns)).values())
+    links = net.link_indexes(Path(record.netns))
+    for index in range(GUEST_INDEX_MIN, GUEST_INDEX_MAX + 1):
+        if f"{net.RATE_LINK}{index}" in links and f"uktap{index}" not in links:
+            net.delete_link(Path(record.netns), links[f"{net.RATE_LINK}{index}"])
+    present = set(links.values())
     for row in table.guests(record.id):
         if row.ifindex not in present:
             reset.reset(Path(record.netns), table.remove_guest(record.id, row.ifindex))

@@ -13,14 +13,14 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from . import events, journal, pod, rlimits, runfile, state
+from . import cgroup, events, journal, pod, rlimits, runfile, state
 from .console import Console, open_console
 from .errors import UklaunchError, UsageError
 from .guest import Guest, RunOptions, StartVmm
@@ -30,6 +30,7 @@ from .model import Accel, Boot, GuestSpec, LogDriver, check_name, format_mac
 from .timeline import mark
 from .vmm import VMMS
 from .vmm.accel import KvmStatus, choose
+from .vmm.qemu import overhead_mib
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def mtu_of(spec: GuestSpec) -> int:
 
 
 @contextlib.contextmanager
-def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterator[_Place]:
+def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel, home: cgroup.Home | None) -> Iterator[_Place]:
     """A seat in the pod, a directory, a record and the locks, for one guest."""
     with pod.joining(
         spec.pod,
@@ -58,6 +59,7 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
         outside=options.uplink,
         publish=options.publish,
         mtu=mtu_of(spec),
+        limits=options.limits,
     ) as member:
         old = state.read_guest(spec.pod, spec.name)
         if old is not None and state.alive(old):
@@ -67,6 +69,8 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
                 if state.supervised(old)
                 else f"it has no supervisor; take it over: uklaunch supervise {spec.pod}/{spec.name}",
             )
+        if old is not None and (left := cgroup.existing(old.cgroup)) is not None:
+            cgroup.remove(left)
         state.forget_guest(spec.pod, spec.name)
         nic = member.nic
         record = state.GuestRecord(
@@ -83,6 +87,8 @@ def _taking_place(spec: GuestSpec, options: RunOptions, accel: Accel) -> Iterato
             accel=accel.value,
             memory_mib=spec.memory_mib,
             cpus=spec.cpus,
+            limits=asdict(options.limits),
+            cgroup=str(home.child(spec.pod, spec.name)) if home is not None else "",
             ports=tuple(str(port) for port in spec.ports),
             published=tuple(str(item) for item in options.publish),
             supervisor_pid=os.getpid(),
@@ -162,6 +168,7 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
         journal.check()
     accel, kvm = choose(options.accel)
     _say_accel(options.accel, accel, kvm, options)
+    home = cgroup.check(options.limits)
     # A published port is a declared one.
     ports = tuple(dict.fromkeys((*spec.ports, *(item.guest for item in options.publish))))
     spec = replace(spec, ports=ports)
@@ -170,13 +177,16 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
             raise UsageError(f"guest {spec.pod}/{spec.name} cannot come after itself")
         if options.after:
             await _others_ready(spec.pod, options)
-        place = await stack.enter_async_context(threaded(_taking_place(spec, options, accel)))
+        place = await stack.enter_async_context(threaded(_taking_place(spec, options, accel, home)))
         member = place.member
         if not spec.nameservers:
             found = member.resolver
             spec = replace(spec, nameservers=found.nameservers, search=found.search, resolver_options=found.options)
         directory = place.record.directory
-        boot, start_vmm = starter(spec, options, member, accel, kvm.group, place.vmm_lock, directory)
+        memory_mib = spec.memory_mib + overhead_mib(accel, spec.memory_mib, spec.cpus)
+        wanted = cgroup.settings(options.limits, memory_mib=memory_mib, cpus=spec.cpus)
+        confines = stack.enter_context(cgroup.guest_cgroup(home, Path(place.record.cgroup), wanted))
+        boot, start_vmm = starter(spec, options, member, accel, kvm.group, place.vmm_lock, directory, confines)
 
         def connect() -> None:
             runfile.write(directory, spec, options)
@@ -197,8 +207,9 @@ def starter(
     kvm_group: int | None,
     vmm_lock: int,
     directory: Path,
+    confines: Path | None,
 ) -> tuple[Boot, StartVmm]:
-    """What boots, and what starts a VMM for it, for each of its runs."""
+    """What boots, and what starts a VMM for it, for each of its runs. `confines`: the cgroup for it."""
     boot = replace(FAMILIES[spec.image.family].configure(spec, member.nic), watchdog=spec.watchdog)
     return boot, partial(
         VMMS[options.vmm],
@@ -208,6 +219,8 @@ def starter(
         kvm_group=kvm_group,
         lock_fd=vmm_lock,
         directory=directory,
+        limits=options.limits,
+        admit=partial(cgroup.admit, confines),
     )
 
 

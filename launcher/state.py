@@ -30,7 +30,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -113,6 +113,8 @@ class GuestRecord:
     machine: str = ""
     memory_mib: int
     cpus: int
+    limits: dict[str, Any] = field(default_factory=dict)  # limits.Limits; empty: of an earlier version
+    cgroup: str = ""  # its VMM's; none if this host has no cgroup v2
     ports: tuple[str, ...] = ()
     published: tuple[str, ...] = ()
     supervisor_pid: int
@@ -178,15 +180,15 @@ def structure(cls: type[Structured], values: Any) -> Structured:
     if not isinstance(values, dict):
         raise TypeError("it is no object")
     given: dict[str, Any] = {}
-    for field in fields(cls):
-        if field.name in values:
-            value = values[field.name]
+    for known in fields(cls):
+        if known.name in values:
+            value = values[known.name]
             value = tuple(value) if isinstance(value, list) else value
             items = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-            texts = "Any" in str(field.type) or all(isinstance(item, str) for item in items)
-            if not isinstance(value, _KINDS[str(field.type)]) or not texts:
-                raise TypeError(f"{field.name} is {str(value)[:40]!r}")
-            given[field.name] = value
+            texts = "Any" in str(known.type) or all(isinstance(item, str) for item in items)
+            if not isinstance(value, _KINDS[str(known.type)]) or not texts:
+                raise TypeError(f"{known.name} is {str(value)[:40]!r}")
+            given[known.name] = value
     return cls(**given)
 
 

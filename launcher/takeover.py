@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from . import events, pod, runfile, state
+from . import cgroup, events, pod, runfile, state
 from .console import Console, open_console
 from .errors import UklaunchError, UsageError
 from .guest import Guest, RunOptions
@@ -71,7 +71,7 @@ def _retaking_place(pod_name: str, name: str, handed: Handed | None) -> Iterator
             spec, options = runfile.read(record.directory)
             vmm_lock, tap = (_shared(record.vmm_pid, vmm, path, stack) for path in (vmm_lock_file, TUN))
             mark("found")
-            members.append(member := pod.rejoin(record, tap, spec.ports, mtu_of(spec)))
+            members.append(member := pod.rejoin(record, tap, spec.ports, mtu_of(spec), options.limits))
         console = stack.enter_context(open_console(record))
         if record.restarts == 0:  # else what it says of an exit code may be the last run's
             console.recall()
@@ -122,6 +122,8 @@ def _give_back(record: state.GuestRecord, members: list[pod.Membership]) -> None
             if not state.alive(record):
                 state.forget_guest(record.pod, record.name)
                 events.note("removed", record.pod, record.name)
+    if (left := cgroup.existing(record.cgroup)) is not None:
+        cgroup.remove(left)
     for member in members:
         member.leave()
 
@@ -152,7 +154,14 @@ async def take_over(
             options = replace(options, stop_timeout_s=stop_timeout_s)
         accel = Accel(record.accel)
         boot, start_vmm = starter(
-            place.spec, options, place.member, accel, kvm_status().group, place.vmm_lock, record.directory
+            place.spec,
+            options,
+            place.member,
+            accel,
+            kvm_status().group,
+            place.vmm_lock,
+            record.directory,
+            cgroup.existing(record.cgroup),
         )
         adopt = partial(
             ADOPTERS[record.vmm],

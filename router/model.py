@@ -48,7 +48,8 @@ class UplinkRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestRow:
-    """A guest; `ifindex` is its TAP's. `ports` are those its user declared: ("tcp", 80).
+    """A guest; `ifindex` is its TAP's. `ports` are those its user declared: ("tcp", 80). `rate_link`: the ifindex of a
+    veth whose qdisc limits what the guest sends, `Router.shaped_fd` being attached to the TAP and the veth's peer.
 
     `seen_ipv4` and `seen_ipv6` are the router's to set: whether the guest has ever sent from its address.
     """
@@ -60,6 +61,7 @@ class GuestRow:
     ipv6: IPv6Address
     ports: tuple[tuple[str, int], ...] = ()
     mtu: int = 1500
+    rate_link: int = 0
     seen_ipv4: bool = False
     seen_ipv6: bool = False
 

@@ -1,7 +1,7 @@
 """The router's program and maps: loaded once per host, pinned under bpffs, handed out as descriptors.
 
     /sys/fs/bpf/uklaunch/
-        <hash of the sources>/   program, pods, guests, ports, flows, pod_counters, drops, programs
+        <hash of the sources>/   program, shaped, pods, guests, ports, flows, pod_counters, drops, programs
         new-<pid>/               a load in progress, renamed when it is complete
     /var/cache/uklaunch/
         <hash of the sources>    what compile.py makes of them: so that a host compiles once, and not at every boot
@@ -31,12 +31,11 @@ from typing import Any
 from . import syscall
 from .errors import RouterError
 
-PROGRAM = "program"
+PROGRAMS = {"program": "localhost", "shaped": "shaped"}  # pin -> function: those to attach
 MAPS = ("pods", "guests", "ports", "flows", "pod_counters", "drops", "programs")
 UNPINNED_MAPS = ("flow_template", "drops_template", "served_ports", "scratch")  # the program's own business
-_ENTRY = "localhost"
-_TAIL_CALLED = {"decide": 0, "ask": 1}  # function -> index in `programs`: bpf/maps.h, PROGRAM_*
-FUNCTIONS = (_ENTRY, *_TAIL_CALLED)
+_TAIL_CALLED = {"decide": 0, "ask": 1, "localhost": 2}  # function -> index in `programs`: bpf/maps.h, PROGRAM_*
+FUNCTIONS = ("shaped", "localhost", "decide", "ask")  # who calls before whom it calls
 _TEMPLATES = {"flows": "flow_template", "drops": "drops_template"}  # a map of maps -> what those look like
 _LOADING = "new-"  # no dot: bpffs reserves them (kernel/bpf/inode.c, bpf_lookup)
 
@@ -48,6 +47,7 @@ class Pins:
     directory: Path
     lock: int  # shared, on the directory: it is not removed while somebody has it open
     program: int
+    shaped: int
     maps: dict[str, int]
 
 
@@ -102,13 +102,14 @@ def open_directory(directory: Path) -> Pins:
     opened = [os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:
         fcntl.flock(opened[0], fcntl.LOCK_SH)
-        for name in (PROGRAM, *MAPS):
+        for name in (*PROGRAMS, *MAPS):
             opened.append(syscall.open_pin(f"{directory}/{name}"))
     except BaseException:
         for fd in opened:
             os.close(fd)
         raise
-    return Pins(directory=directory, lock=opened[0], program=opened[1], maps=dict(zip(MAPS, opened[2:], strict=True)))
+    lock, program, shaped, *maps = opened
+    return Pins(directory=directory, lock=lock, program=program, shaped=shaped, maps=dict(zip(MAPS, maps, strict=True)))
 
 
 @contextlib.contextmanager
@@ -245,7 +246,8 @@ def load(directory: Path, defines: Sequence[str] = ()) -> None:
             syscall.update(maps["programs"], struct.pack("I", index), struct.pack("I", fds[name]))
         try:
             loading.mkdir()
-            for name, fd in {PROGRAM: fds[_ENTRY], **{name: maps[name] for name in MAPS}}.items():
+            pins = {pin: fds[name] for pin, name in PROGRAMS.items()} | {name: maps[name] for name in MAPS}
+            for name, fd in pins.items():
                 syscall.pin(fd, f"{loading}/{name}")
             if directory.exists():
                 remove(directory)  # some of it is missing, or we would not be here

@@ -85,6 +85,7 @@ class Guest(ctypes.Structure):
         ("seen_ipv4", _u8),
         ("seen_ipv6", _u8),
         ("pad", _u8 * 2),
+        ("rate_link", _u32),
     )
 
 
@@ -193,6 +194,7 @@ class Router:
     def __init__(self, pins: program.Pins) -> None:
         self._pins = pins
         self.program_fd = pins.program
+        self.shaped_fd = pins.shaped  # in its place on the TAP of a guest that has a rate
 
     def __enter__(self) -> Self:
         return self
@@ -203,7 +205,7 @@ class Router:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for fd in (self._pins.program, *self._pins.maps.values(), self._pins.lock):
+        for fd in (self._pins.program, self._pins.shaped, *self._pins.maps.values(), self._pins.lock):
             os.close(fd)
 
     # --- bytes ---
@@ -338,6 +340,7 @@ class Router:
                 mtu=row.mtu,
                 seen_ipv4=bool(row.seen_ipv4),
                 seen_ipv6=bool(row.seen_ipv6),
+                rate_link=row.rate_link,
             )
             for ifindex, row in self._guest_rows(pod_id)
         ]
@@ -362,6 +365,7 @@ class Router:
             mac=_Mac(*row.mac),
             seen_ipv4=row.seen_ipv4,
             seen_ipv6=row.seen_ipv6,
+            rate_link=row.rate_link,
         )
         self._put("guests", bytes(GuestKey(pod=pod_id, ifindex=row.ifindex)), bytes(guest))
         pod.taps[pod.guest_count] = row.ifindex

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import router
-from launcher import state
+from launcher import cgroup, state
 
 
 def ours() -> set[str]:
-    return {*_namespaces(), *_links(), *_qdiscs(), *_files(), *_processes(), *_router_rows()}
+    return {*_namespaces(), *_links(), *_qdiscs(), *_files(), *_processes(), *_cgroups(), *_router_rows()}
 
 
 def _namespaces() -> Iterator[str]:
@@ -55,6 +55,14 @@ def _processes() -> Iterator[str]:
             locks = [fd for fd in (path / "fd").iterdir() if "/vmm.lock" in str(fd.readlink())]
             if any(fd.stat().st_dev == run for fd in locks):
                 yield f"process {path.name}: {words[0].decode()}"
+
+
+def _cgroups() -> Iterator[str]:
+    """Those in which nobody lives: others' are a suite's that runs in a container beside us."""
+    for path in (cgroup.mount() or Path("/nonexistent")).glob(f"{cgroup.OURS}/*/cgroup.events"):
+        with contextlib.suppress(OSError):  # gone
+            if "populated 0" in path.read_text():
+                yield f"cgroup {path.parent}"
 
 
 def _router_rows() -> Iterator[str]:

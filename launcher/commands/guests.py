@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 from .. import state
 from ..errors import ExitCode, UklaunchError, UsageError
@@ -168,5 +169,10 @@ def cmd_inspect(args: argparse.Namespace) -> int:
 
     record = state.find_guest(args.guest)
     log = str(record.console_log) if record.log_driver == LogDriver.FILE else None
-    print_json({**asdict(record), "status": status_of(record), "log": log})
+    shown = {**asdict(record), "status": status_of(record), "log": log}
+    if record.cgroup:
+        from .. import cgroup
+
+        shown["cgroup_limits"] = cgroup.in_force(Path(record.cgroup))
+    print_json(shown)
     return ExitCode.OK

@@ -57,9 +57,13 @@ def cmd_run(args: argparse.Namespace) -> int:
     mtu = parse_mtu(args.mtu) if args.mtu else None
     env = environment.collect(args.env_file, args.env)
     environment.hide(args.env)
-    if args.cpus is not None and not 1 <= args.cpus <= 255:
-        raise UsageError(f"--cpus {args.cpus} is not between 1 and 255")
+    from ..limits import Limits, parse_cpus
     from ..restart import RestartPolicy
+
+    vcpus = parse_cpus(args.cpus)[0] if args.cpus else None
+    args.limits = Limits.parse(
+        cpus=args.cpus, disk_rate=args.disk_rate, disk_iops=args.disk_iops, net_rate=args.net_rate
+    )
 
     args.restart = RestartPolicy.parse(args.restart)
     args.health = parse_health(args) if args.health else None
@@ -79,7 +83,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         pod=args.pod,
         image=image,
         memory_mib=memory_mib or image.memory_mib or DEFAULT_MEMORY_MIB,
-        cpus=args.cpus or image.cpus or 1,
+        cpus=vcpus or image.cpus or 1,
         env=env,
         cmdline=args.cmdline,
         ports=tuple(dict.fromkeys((*image.ports, *ports))),

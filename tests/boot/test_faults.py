@@ -51,8 +51,8 @@ MAKING = (
     "pod-made",
 )
 JOINING = (
-    *("tap", "place", "record", "run-file", "vmm-fork", "vmm-exec", "qmp"),
-    *("guest-row", "attached", "joined", "resumed"),
+    *("tap", "place", "record", "cgroup", "run-file", "vmm-fork", "vmm-exec", "qmp"),
+    *("rate-link", "guest-row", "attached", "joined", "resumed"),
 )
 STOPPING = ("stop", "vmm-gone", "leave", "guest-row-gone")
 REMOVING = ("remove", "uplink-gone", "namespace-gone", "pod-row-gone", "pod-forgotten")
@@ -125,7 +125,22 @@ def before(witness: Witness) -> Iterator[set[str]]:
 def launched(name: str, faults: str, *args: str) -> Iterator[subprocess.Popen[str]]:
     """`uklaunch run` in the foreground: the supervisor is this process."""
     process = subprocess.Popen(
-        [*COMMAND, "run", "default", "--pod", name, "--name", "n", "--stop-timeout", "0", "--accel", "tcg", *args],
+        [
+            *COMMAND,
+            "run",
+            "default",
+            "--pod",
+            name,
+            "--name",
+            "n",
+            "--stop-timeout",
+            "0",
+            "--accel",
+            "tcg",
+            "--net-rate",
+            "1gbit",
+            *args,
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -148,7 +163,8 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def leaked(before: set[str]) -> set[str]:
-    return leaks.ours() - before
+    inside = net.link_indexes(Path(state.get_pod(OLD).netns))
+    return leaks.ours() - before | {name for name in inside if name.startswith(net.RATE_LINK)}
 
 
 def clean_up(before: set[str]) -> None:

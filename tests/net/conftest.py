@@ -22,6 +22,7 @@ import pytest
 
 import router
 from launcher import net, pod, state
+from launcher.limits import UNLIMITED, Limits
 from launcher.model import AddressPlan, Nic, Port, format_mac
 
 from .outside import ip, played_outside
@@ -56,7 +57,13 @@ class PlayedPod:
 
 @contextlib.contextmanager
 def played_guest(
-    record: state.PodRecord, table: router.Router, index: int, ports: tuple[Port, ...] = (), *, ipv6: bool = True
+    record: state.PodRecord,
+    table: router.Router,
+    index: int,
+    ports: tuple[Port, ...] = (),
+    *,
+    ipv6: bool = True,
+    limits: Limits = UNLIMITED,
 ) -> Iterator[PlayedGuest]:
     """One guest in the pod; `ipv6` False: one like OSv, which has none."""
     netns = state.NETNS_DIR / f"ukt-{os.getpid()}-{record.id}-{index}"
@@ -83,6 +90,17 @@ def played_guest(
         pod_name = Path(record.netns).name
         ip("link", "add", tap, "netns", pod_name, "type", "veth", "peer", "name", "eth0", "netns", netns.name)
         ifindex = net.link_indexes(Path(record.netns))[tap]
+        rate_link = 0
+        if limits.net_out_bits is not None:
+            rate_link, _ = net.make_rate_link(
+                Path(record.netns),
+                name=f"{net.RATE_LINK}{index}",
+                alias="test",
+                mtu=nic.mtu,
+                rate_bits=limits.net_out_bits,
+                program_fd=table.shaped_fd,
+                pod_id=record.id,
+            )
         table.add_guest(
             record.id,
             router.GuestRow(
@@ -92,6 +110,7 @@ def played_guest(
                 ipv4=nic.ipv4.ip,
                 ipv6=nic.ipv6.ip,
                 ports=tuple((port.protocol.value, port.number) for port in ports),
+                rate_link=rate_link,
             ),
         )
         net.attach_guest(
@@ -101,8 +120,9 @@ def played_guest(
             alias="test",
             addresses=(nic.ipv4.ip, nic.ipv6.ip),
             mtu=nic.mtu,
-            program_fd=table.program_fd,
+            program_fd=table.program_fd if limits.net_out_bits is None else table.shaped_fd,
             pod_id=record.id,
+            rate_bits=limits.net_in_bits,
         )
         guest = ["-n", netns.name]
         ip(*guest, "link", "set", "lo", "up")
@@ -138,15 +158,26 @@ def played_pod(
     ports: dict[int, tuple[Port, ...]] | None = None,
     ipv6: bool = True,
     name: str = "nettest",
+    limits: Limits = UNLIMITED,
     **options: Any,
 ) -> Iterator[PlayedPod]:
-    """A pod with that many guests, at 2, 3, ...; `ports`: what each declares; `options`: of `pod.create`."""
+    """A pod with that many guests, at 2, 3, ...; `ports`: what each declares; `limits`: of the first; `options`: of
+    `pod.create`."""
     with contextlib.ExitStack() as stack:
         record = pod.create(name, **options)
         stack.callback(pod.delete, name)
         table = stack.enter_context(pod.open_router())
         played = tuple(
-            stack.enter_context(played_guest(record, table, index, (ports or {}).get(index, ()), ipv6=ipv6))
+            stack.enter_context(
+                played_guest(
+                    record,
+                    table,
+                    index,
+                    (ports or {}).get(index, ()),
+                    ipv6=ipv6,
+                    limits=limits if index == 2 else UNLIMITED,
+                )
+            )
             for index in range(2, 2 + guests)
         )
         yield PlayedPod(record=record, table=table, guests=played)

@@ -72,7 +72,7 @@ async def supervised(*members: pod.Membership) -> AsyncIterator[Heard]:
     async with trio.open_nursery() as nursery:
         with pod.open_router() as table:
             for member in members:
-                await trio.to_thread.run_sync(member.attach, table.program_fd)
+                await trio.to_thread.run_sync(member.attach, table)
                 nursery.start_soon(heal, member, heard.say)
         await settled(heard)
         assert not heard.lines

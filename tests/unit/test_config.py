@@ -13,7 +13,9 @@ FULL = """
 image = "images/web.img"
 pod = "shop"
 memory = "256M"
-cpus = 2
+cpus = 0.5
+disk_iops = 100
+net_rate = "50mbit:10mbit"
 mtu = 9000
 ports = ["80", "53/udp"]
 publish = ["8080:80"]
@@ -32,7 +34,8 @@ def test_every_key(tmp_path: Path) -> None:
     file.write_text(FULL)
     args = parser().parse_args(["run", "--config", str(file)])
     assert args.image == str(tmp_path / "images/web.img")
-    assert (args.pod, args.name, args.memory, args.cpus, args.mtu) == ("shop", "web", "256M", 2, "9000")
+    assert (args.pod, args.name, args.memory, args.cpus, args.mtu) == ("shop", "web", "256M", "0.5", "9000")
+    assert (args.disk_iops, args.net_rate) == (100, "50mbit:10mbit")
     assert (args.expose, args.publish, args.env) == (["80", "53/udp"], ["8080:80"], ["MODE=edge", "LEVEL=3"])
     assert (args.cmdline, args.uplink, args.stop_timeout, args.ready_port) == ("--verbose serve", "none", 2.5, 80)
     assert (args.restart, args.watchdog) == ("always", True)
