@@ -22,8 +22,8 @@ ROOT = Path("/sys/fs/cgroup")
 CGROUP = ROOT / "uklaunch" / "pod.guest.1"
 UNIT = ROOT / "unit.service"
 BUSY = [
-    *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-L", "/t/firmware", "-no-reboot"),
-    *("-m", "64M", "-accel", "tcg", "-kernel", "/t/vmlinuz"),
+    *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-L", "/t/firmware", "-m", "64M", "-accel", "tcg"),
+    *("-drive", "file=/t/loop,format=raw"),
 ]
 HOG = ["python3", "-SB", "-c", "bytearray(200_000_000)"]
 FORKS = ["sh", "-c", "while true; do sleep 1000 >/dev/null 2>&1 & done"]  # until fork(2) fails

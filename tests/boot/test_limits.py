@@ -26,13 +26,14 @@ from launcher.guests import cpio
 from launcher.vmm.qemu import BINARY
 
 from ..cli import shown, uklaunch
+from ..fixtures import mbr
 from .held_to_limits import UNIT
 
 pytestmark = pytest.mark.boot
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "held_to_limits.py"
-FIRMWARE = ("bios-256k.bin", "linuxboot_dma.bin", "kvmvapic.bin")
+FIRMWARE = ("bios-256k.bin", "kvmvapic.bin")
 PROGRAMS = (BINARY, "python3")
 
 
@@ -58,7 +59,7 @@ def python_modules() -> Iterator[tuple[str, Path]]:
 
 def userland() -> Iterator[cpio.Entry]:
     files = {f"t/python/{name}": path for name, path in python_modules()}
-    files |= {f"t/{path.name}": path for path in (SCRIPT, DEFAULT_BUNDLE / "vmlinuz")}
+    files[f"t/{SCRIPT.name}"] = SCRIPT
     for name in PROGRAMS:
         program = Path(shutil.which(name, path="/usr/bin:/bin") or name)
         files[f"usr/bin/{name}"] = program
@@ -75,6 +76,7 @@ def userland() -> Iterator[cpio.Entry]:
         yield cpio.directory(folder)
     for name, path in files.items():
         yield cpio.file(name, path.read_bytes(), 0o755)
+    yield cpio.file("t/loop", bytes(mbr(b"\xeb\xfe")))  # a boot sector: jmp $
 
 
 @pytest.fixture(scope="module")
