@@ -250,11 +250,13 @@ def _forget_dead(pod: str, guest: str) -> bool:
 
 
 def _collect_pod(name: str) -> Iterator[Collected]:
+    import router
+
     from . import pod
 
     if pod.delete_if_abandoned(name):
         yield Collected("pod", name, "nobody's any more; removed")
-    else:
+    elif router.is_loaded():  # else the pod is of another version's
         pod.forget_dead_guests(name)
 
 

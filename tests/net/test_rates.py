@@ -6,6 +6,7 @@ container ◄─────── router ◄ meter ─ guest         what it se
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -62,8 +63,9 @@ def throughput(played: PlayedPod, number: int, address: str, *, into: bool) -> f
             received, start = receive_for(receiver, WARM_UP_S), time.monotonic()
             received = receive_for(receiver, SECONDS)
             took = time.monotonic() - start
-            receiver.shutdown(socket.SHUT_RDWR)
-            sender.shutdown(socket.SHUT_RDWR)
+            for end in (receiver, sender):
+                with contextlib.suppress(OSError):  # the other end's reset may be there already
+                    end.shutdown(socket.SHUT_RDWR)
             thread.join()
     return received * 8 / took
 
