@@ -309,9 +309,14 @@ def parser() -> argparse.ArgumentParser:
     told.add_argument("--since", type=moment, metavar="WHEN", help="such as 10m, 2h, 09:30, 2026-01-31T09:30")
     routers = commands.add_parser("router", help="load, show and unload this host's router")
     router_commands = routers.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=Parser)
-    add("load", "load and pin the router now, so that no pod waits for it", to=router_commands)
-    add("status", "which versions of the router are loaded (exit code 1: not ours)", to=router_commands, as_json=True)
-    add("unload", "unload the router, unless a pod needs it", to=router_commands)
+    load = add("load", "load and pin the router now, so that no pod waits for it", to=router_commands)
+    status = add(
+        "status", "which versions of the router are loaded (exit code 1: not ours)", to=router_commands, as_json=True
+    )
+    unload = add("unload", "unload the router, unless a pod needs it", to=router_commands)
+    for each in (load, status, unload):
+        each.add_argument("--user", metavar="USER", help="one of that user's own, who then needs no root")
+    load.add_argument("--pods", type=positive, default=8, metavar="N", help="with --user: so many (8; each costs 8 MB)")
     gc = add("gc", "clean up after crashes", as_json=True)
     gc.add_argument("--kill", action="store_true", help="end guests that run without a supervisor")
     add("doctor", "check what this machine offers, with remedies", as_json=True)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import rootless
 from .errors import ExitCode, UklaunchError, first_error
 from .model import Accel, GuestSpec, LogDriver
 from .timeline import mark
@@ -312,7 +313,9 @@ def run_detached(job: Job, note: Callable[[str], None]) -> int:
     child = os.fork()  # before trio and pyroute2 are imported: the parent needs neither
     if child == 0:
         os.close(reader)
-        os._exit(_detached(job, writer))
+        code = _detached(job, writer)
+        rootless.leave()  # os._exit forgets what is to be done at the end
+        os._exit(code)
     os.close(writer)
     with os.fdopen(reader, "rb") as report:
         lines = _read_report(report, child)

@@ -26,7 +26,6 @@ from .timeline import mark
 
 NAMESPACE_PREFIX = "uk-"
 TAP_HEADERS = 64  # Ethernet's and the virtio header, which come before a packet that is read from a TAP
-POD_ID_MAX = (1 << 16) - 1  # the class id's low half, which is all that a program sees of it
 
 
 def plan_of(record: state.PodRecord) -> AddressPlan:
@@ -36,9 +35,14 @@ def plan_of(record: state.PodRecord) -> AddressPlan:
 @contextlib.contextmanager
 def open_router() -> Iterator[router.Router]:
     """The host's router; loaded now if it is not. What it refuses inside the block is an UklaunchError outside."""
+    with router_errors(), router.open_router() as table:
+        yield table
+
+
+@contextlib.contextmanager
+def router_errors() -> Iterator[None]:
     try:
-        with router.open_router() as table:
-            yield table
+        yield
     except router.RouterError as exc:
         raise UklaunchError(exc.message, exc.hint, exc.detail) from exc
 
@@ -92,7 +96,7 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     record = replace(record, saved_sysctls=net.write_sysctls(netns, net.LOOPBACK_SYSCTLS))
     state.write_pod(record)
     with state.lock(state.root() / "lock") as last:  # two pods must not take one id
-        record = replace(record, id=_next_id(last, set(router.pod_ids())))
+        record = replace(record, id=_next_id(last, set(router.pod_ids()), table.pod_id_max))
         state.write_pod(record)
     mark("pod-id")
     with uplink.opening(record) as opened:
@@ -127,17 +131,19 @@ def _finish(record: state.PodRecord, table: router.Router) -> state.PodRecord:
     return record
 
 
-def _next_id(last: int, taken: set[int]) -> int:
-    """A free id, the one after the last given, which the open file `last` holds.
+def _next_id(last: int, taken: set[int], most: int) -> int:
+    """A free id, at most `most`, the one after the last given, which the open file `last` holds.
 
     Not the lowest: the links of a removed pod live on for a moment, with its id, and interface indexes are the same in
     every namespace.
     """
     before = int(os.pread(last, 16, 0) or b"0")
-    following = itertools.chain(range(before + 1, POD_ID_MAX + 1), range(1, before + 1))
+    following = itertools.chain(range(before + 1, most + 1), range(1, min(before, most) + 1))
     found = next((number for number in following if number not in taken), None)
     if found is None:
-        raise UklaunchError(f"this host has {len(taken)} pods, and that is all it can have")
+        raise UklaunchError(
+            f"this host has {len(taken)} pods, and that is all it can have", "remove one: uklaunch pod rm POD"
+        )
     os.pwrite(last, f"{found:<8}\n".encode(), 0)
     return found
 

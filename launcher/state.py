@@ -48,7 +48,11 @@ DEFAULT_ROOT = Path("/run/uklaunch")
 
 
 def root() -> Path:
-    return Path(os.environ.get("UKLAUNCH_STATE", DEFAULT_ROOT))
+    """Root's, or without root the user's own: see rootless.py."""
+    if given := os.environ.get("UKLAUNCH_STATE"):
+        return Path(given)
+    uid = os.geteuid()
+    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{uid}") if uid else "/run") / DEFAULT_ROOT.name
 
 
 # What a whole host shares (the router, nftables' tables, links) says by this whose it is: a clean-up by one state

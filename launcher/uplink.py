@@ -32,7 +32,7 @@ from typing import cast
 
 import router
 
-from . import cni, firewall, net, resolver, state
+from . import cni, firewall, net, resolver, rootless, state
 from .errors import UklaunchError, UsageError
 from .firewall import HOST
 from .model import AddressPlan
@@ -73,6 +73,10 @@ def parse(text: str) -> str:
 
 def choose(text: str | None, netns: Path | None) -> str:
     """The uplink of a new pod. An adopted namespace keeps its own, or none of it is used. Raises UsageError."""
+    if rootless.is_active():
+        if text not in (None, NONE):
+            raise UsageError(f"--uplink {text} needs root", "use --uplink none")
+        return NONE
     if netns is None:
         return parse(NAT if text is None else text)
     if text not in (None, NONE):

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         unload_all,
         unload_superseded,
     )
+    from .users import load_for, select, unload_for
 
 __all__ = [
     "PASSED",
@@ -63,11 +64,14 @@ __all__ = [
     "UplinkRow",
     "drop_reasons",
     "is_loaded",
+    "load_for",
     "loaded",
     "open_router",
     "pod_ids",
     "remove_pod",
+    "select",
     "unload_all",
+    "unload_for",
     "unload_superseded",
 ]
 
@@ -83,7 +87,8 @@ _TABLES = (
     "unload_all",
     "unload_superseded",
 )
-_HOMES = {"RouterError": "errors"} | dict.fromkeys(_TABLES, "tables")
+_USERS = ("load_for", "select", "unload_for")
+_HOMES = {"RouterError": "errors"} | dict.fromkeys(_TABLES, "tables") | dict.fromkeys(_USERS, "users")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
     /sys/fs/bpf/uklaunch/
         <hash of the sources>/   program, shaped, pods, guests, ports, flows, pod_counters, drops, programs
         new-<pid>/               a load in progress, renamed when it is complete
+    /run/uklaunch-users/<uid>/   a bpffs with a router of that user's own: see users.py
     /var/cache/uklaunch/
         <hash of the sources>    what compile.py makes of them: so that a host compiles once, and not at every boot
 
@@ -31,12 +32,14 @@ from typing import Any
 from . import syscall
 from .errors import RouterError
 
+USERS = Path("/run/uklaunch-users")  # a bpffs for each user with a router of his own, by uid
 PROGRAMS = {"program": "localhost", "shaped": "shaped"}  # pin -> function: those to attach
 MAPS = ("pods", "guests", "ports", "flows", "pod_counters", "drops", "programs")
 UNPINNED_MAPS = ("flow_template", "drops_template", "served_ports", "scratch")  # the program's own business
 _TAIL_CALLED = {"decide": 0, "ask": 1, "localhost": 2}  # function -> index in `programs`: bpf/maps.h, PROGRAM_*
 FUNCTIONS = ("shaped", "localhost", "decide", "ask")  # who calls before whom it calls
 _TEMPLATES = {"flows": "flow_template", "drops": "drops_template"}  # a map of maps -> what those look like
+FLOW_TABLE = "flows_{}"  # by pod id: only of a user who cannot make them himself
 _LOADING = "new-"  # no dot: bpffs reserves them (kernel/bpf/inode.c, bpf_lookup)
 
 
@@ -81,16 +84,26 @@ def root() -> Path:
     return bpffs() / "uklaunch"
 
 
+def is_a_users() -> bool:
+    """Is it a user's own router that is meant, which root loads? See users.py."""
+    return bpffs().parent.name == USERS.name
+
+
 def open_pins() -> Pins:
     """The router of this version of the sources; loaded now if it is not. The caller closes the descriptors."""
     directory = root() / version()
     try:
         return open_directory(directory)
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError as exc:
+        if is_a_users():
+            raise RouterError(
+                f"no router of this version has been loaded for user {bpffs().name}",
+                f"ask the administrator for it: sudo uklaunch router load --user {bpffs().name}",
+            ) from exc
     except PermissionError as exc:
-        raise RouterError(f"no permission to open {directory}", "run uklaunch as root") from exc
-    with _lock():
+        hint = "use Linux 5.19 or newer" if is_a_users() else "run uklaunch as root"
+        raise RouterError(f"no permission to open {directory}", hint) from exc
+    with loading():
         with contextlib.suppress(FileNotFoundError):
             return open_directory(directory)
         load(directory)
@@ -113,7 +126,7 @@ def open_directory(directory: Path) -> Pins:
 
 
 @contextlib.contextmanager
-def _lock() -> Iterator[None]:
+def loading() -> Iterator[None]:
     """One loader at a time on this host. Removes what an interrupted load has left."""
     try:
         root().mkdir(exist_ok=True)
@@ -226,8 +239,11 @@ def _keep(file: Path, text: str) -> None:
 # --- load ---
 
 
-def load(directory: Path, defines: Sequence[str] = ()) -> None:
-    """Load and pin. Raises RouterError; the pins appear together or not at all."""
+def load(directory: Path, defines: Sequence[str] = (), *, owner: int = 0, pods: int = 0) -> None:
+    """Load and pin. Raises RouterError; the pins appear together or not at all.
+
+    `owner`: the uid that may open the pins beside root. `pods`: flow tables for so many, for who cannot make them.
+    """
     compiled = _compiled(defines)
     loading = directory.parent / f"{_LOADING}{os.getpid()}"
     with contextlib.ExitStack() as stack:
@@ -249,6 +265,12 @@ def load(directory: Path, defines: Sequence[str] = ()) -> None:
             pins = {pin: fds[name] for pin, name in PROGRAMS.items()} | {name: maps[name] for name in MAPS}
             for name, fd in pins.items():
                 syscall.pin(fd, f"{loading}/{name}")
+            for pod_id in range(1, pods + 1):
+                table = _create_map(f"flows_{pod_id}", compiled["maps"][_TEMPLATES["flows"]], None)
+                stack.callback(os.close, table)
+                syscall.pin(table, f"{loading}/{FLOW_TABLE.format(pod_id)}")
+            for path in loading.iterdir() if owner else ():
+                os.chown(path, owner, -1)
             if directory.exists():
                 remove(directory)  # some of it is missing, or we would not be here
             loading.rename(directory)

@@ -231,8 +231,17 @@ class Router:
         value = syscall.lookup(self._pins.maps["flows"], _pod_key(pod_id), 4)
         if value is None:
             return None
+        if (made_before := self._made_flow_map(pod_id)) is not None:
+            return made_before
         try:
             return syscall.map_fd_by_id(int.from_bytes(value, "little"))
+        except FileNotFoundError:
+            return None
+
+    def _made_flow_map(self, pod_id: int) -> int | None:
+        """Of a user's own router: the table that root has made for this pod id."""
+        try:
+            return syscall.open_pin(f"{self._pins.directory}/{program.FLOW_TABLE.format(pod_id)}")
         except FileNotFoundError:
             return None
 
@@ -265,6 +274,11 @@ class Router:
 
     # --- pods ---
 
+    @property
+    def pod_id_max(self) -> int:
+        """Ids are 1 to this. As many pods as root has made flow tables for, if this is a user's own router."""
+        return sum(1 for _ in self._pins.directory.glob(program.FLOW_TABLE.format("*"))) or 0xFFFF
+
     def pod_ids(self) -> list[int]:
         pods = self._pins.maps["pods"]
         return sorted({int.from_bytes(key, "little") for key in syscall.keys(pods, _POD_KEY)})
@@ -293,14 +307,18 @@ class Router:
         self._put("pods", key, bytes(pod))
         size = ctypes.sizeof(Counters) * _possible_cpus()
         self._put("pod_counters", key, bytes(size))
-        flows = syscall.create_map(
-            syscall.MAP_TYPE_LRU_HASH,
-            ctypes.sizeof(FlowKey),
-            ctypes.sizeof(FlowRow),
-            FLOWS_PER_POD,
-            f"uk_flows_{pod_id}",
-        )
+        flows = self._made_flow_map(pod_id)
+        if flows is None:
+            flows = syscall.create_map(
+                syscall.MAP_TYPE_LRU_HASH,
+                ctypes.sizeof(FlowKey),
+                ctypes.sizeof(FlowRow),
+                FLOWS_PER_POD,
+                f"uk_flows_{pod_id}",
+            )
         try:
+            for flow, _ in list(syscall.items(flows, ctypes.sizeof(FlowKey), ctypes.sizeof(FlowRow))):
+                syscall.delete(flows, flow)  # of the pod that had this id, and the table, before
             self._put("flows", key, bytes(_u32(flows)))  # last: from here on the program acts
         finally:
             os.close(flows)
@@ -440,7 +458,13 @@ class Router:
         """See this pod's drops while the block lasts. One watches a pod at a time: the latest takes over."""
         if pod_id not in self.pod_ids():
             raise RouterError(f"the router knows no pod {pod_id}")
-        ring = Ring()
+        try:
+            ring = Ring()
+        except PermissionError as exc:
+            raise RouterError(
+                "the kernel lets only root make the ring in which drops are seen one by one",
+                "to see them counted: uklaunch drops POD",
+            ) from exc
         key, identifier = _pod_key(pod_id), bytes(_u32(syscall.map_id(ring.fd)))
         try:
             self._put("drops", key, bytes(_u32(ring.fd)))

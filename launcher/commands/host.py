@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..errors import ExitCode, UklaunchError
-from .needs import require_root
+from ..errors import ExitCode, UklaunchError, UsageError
+from .needs import require_real_root, require_root
 from .output import print_json
 from .run import find_image
 
@@ -17,9 +17,28 @@ if TYPE_CHECKING:
 def cmd_router_load(args: argparse.Namespace) -> int:
     from .. import pod
 
-    require_root()
+    require_real_root()
+    if args.user is not None:
+        import router
+
+        with pod.router_errors():
+            router.load_for(uid_of(args.user), args.pods)
+        return ExitCode.OK
     with pod.open_router():
         return ExitCode.OK
+
+
+def uid_of(user: str) -> int:
+    """Of a name, or a number. Raises UsageError if it is root's or nobody's that is known."""
+    import pwd
+
+    try:
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise UsageError(f"there is no user {user!r}") from None
+    if uid == 0:
+        raise UsageError("root needs no router of its own", "leave out --user")
+    return uid
 
 
 def cmd_router_status(args: argparse.Namespace) -> int:
@@ -27,7 +46,9 @@ def cmd_router_status(args: argparse.Namespace) -> int:
 
     import router
 
-    require_root()
+    require_real_root()
+    if args.user is not None:
+        router.select(uid_of(args.user))
     versions = router.loaded()
     if args.json:
         print_json([asdict(version) for version in versions])
@@ -41,8 +62,11 @@ def cmd_router_status(args: argparse.Namespace) -> int:
 def cmd_router_unload(args: argparse.Namespace) -> int:
     import router
 
-    require_root()
-    router.unload_all()
+    require_real_root()
+    if args.user is not None:
+        router.unload_for(uid_of(args.user))
+    else:
+        router.unload_all()
     if left := router.loaded():
         if pods := sum(version.pods for version in left):
             raise UklaunchError(f"{pods} pods need the router", "see: uklaunch pod ls")
@@ -94,5 +118,5 @@ def cmd_build_default(args: argparse.Namespace) -> int:
 def cmd_demo(args: argparse.Namespace) -> int:
     from ..demo import demo
 
-    require_root()
+    require_real_root()
     return ExitCode.OK if demo(find_image("default"), print) else ExitCode.FAILURE

@@ -8,5 +8,13 @@ from ..errors import UklaunchError
 
 
 def require_root() -> None:
+    """Be root; without sudo, in namespaces of the user's own. What touches the kernel comes after this."""
     if os.geteuid() != 0:
-        raise UklaunchError("namespaces, TAPs and BPF programs need root", "run it with sudo")
+        from .. import rootless
+
+        rootless.enter()
+
+
+def require_real_root() -> None:
+    if os.geteuid() != 0:
+        raise UklaunchError("this is for root alone", "run it with sudo")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import trio
 
+from .. import rootless
 from ..errors import EXHAUSTED, UklaunchError
 from ..threads import in_a_new_thread
 from ..timeline import mark
@@ -134,6 +135,9 @@ def spawn(
     """As `start`; the caller waits for it."""
     _check(command[0])
     keep = ",".join(str(group) for group in groups)
+    as_groups = f"--groups={keep}" if keep else "--clear-groups"
+    if alone := rootless.is_active():  # one uid is all that there is, and its groups are the user's: among them kvm
+        as_groups = "--keep-groups"
     # The uid comes when we know the pid, and have done with it; no line means that we have died.
     script = (
         "unset PWD; read -r uid && mount -n -t proc -o nosuid,nodev,noexec,subset=pid proc /proc && "
@@ -141,7 +145,7 @@ def spawn(
     )
     confined = [
         *("/bin/sh", "-c", script, "sh"),
-        f"--groups={keep}" if keep else "--clear-groups",
+        as_groups,
         *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"),
         *command,
     ]
@@ -174,7 +178,7 @@ def spawn(
             Path(f"/proc/{popen.pid}/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
             admit(popen.pid)
             with contextlib.suppress(BrokenPipeError):  # it has died: its exit code tells
-                gate.write(f"{vmm_uid(popen.pid)}\n".encode())
+                gate.write(f"{0 if alone else vmm_uid(popen.pid)}\n".encode())
         except BaseException:
             popen.kill()
             popen.wait()

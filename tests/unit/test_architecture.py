@@ -28,7 +28,7 @@ LAYERS = (
     {"cni"},
     {"resolver"},
     {"firewall", "reset"},
-    {"net", "publish", "events", "cgroup"},
+    {"net", "publish", "events", "cgroup", "rootless"},
     {"state"},
     {"health", "limits"},
     {"model", "rlimits", "timeline", "restart", "fault", "threads", "capabilities"},
