@@ -17,7 +17,7 @@ IMAGE := /var/lib/uklaunch/default
 
 # python3-bpfcc is bcc, which PyPI does not have: hence Debian's python3 and its system packages in the venv.
 PACKAGES := python3-venv python3-bpfcc python3-nftables python3-systemd linux-libc-dev iproute2 util-linux mount qemu-system-x86 qemu-utils runc busybox-static kmod
-TEST_PACKAGES := containernetworking-plugins dnsmasq-base bind9-dnsutils iperf3 socat nftables curl cpio procps e2fsprogs wireshark-common tshark python3-scapy systemd $(DEB_PACKAGES) lintian debootstrap python3-greenlet python3-idna python3-outcome python3-sortedcontainers
+TEST_PACKAGES := passt containernetworking-plugins dnsmasq-base bind9-dnsutils iperf3 socat nftables curl cpio procps e2fsprogs wireshark-common tshark python3-scapy systemd $(DEB_PACKAGES) lintian debootstrap python3-greenlet python3-idna python3-outcome python3-sortedcontainers
 DEB_PACKAGES := debhelper dpkg-dev
 
 # $(call install,PACKAGES): only what is missing, so that a machine which has all needs no network.

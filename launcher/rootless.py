@@ -6,6 +6,7 @@
     │ uklaunch ps       │ ───► │ supervisors      host's under /run/.host     pods: uk-POD  │
     └───────────────────┘      └────────────────────────────────────────────────────────────┘
 
+pasta(1), if it is there, joins their network to the host's. It stays outside, and is ended with the holder.
 A command enters before it does anything else; who comes first makes them. They last as long as their holder, which the
 last to leave ends, if no pod is left. State is where it would be for root, but under $XDG_RUNTIME_DIR:
 
@@ -14,6 +15,7 @@ last to leave ends, if no pod is left. State is where it would be for root, but 
             users           held, shared, by every command and supervisor inside
             making          held while a holder is made
             holder          its pid; held for as long as it lives
+            pasta           its pid
 
 Only BPF asks for more than a user namespace can give: router/users.py.
 Sources: user_namespaces(7), mount_namespaces(7), setns(2).
@@ -105,11 +107,17 @@ def leave() -> None:
         if state.pods() or (pidfd := _holder()) is None:
             return
         try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # it has no handler and nothing to tidy up
-            select.select([pidfd], [], [], GONE_S)
+            _kill(pidfd)
             _file("holder").unlink()
+            _end_pasta()
         finally:
             os.close(pidfd)
+
+
+def _kill(pidfd: int) -> None:
+    """Neither the holder nor pasta has anything to tidy up."""
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    select.select([pidfd], [], [], GONE_S)
 
 
 def _file(name: str) -> Path:
@@ -158,6 +166,7 @@ def _holder() -> int | None:
 def _make_holder() -> None:
     import subprocess
 
+    _end_pasta()  # a killed holder's
     fd = os.open(_file("holder"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -182,8 +191,38 @@ def _make_holder() -> None:
                 )
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(made.pid).encode(), 0)
+        _start_pasta(made.pid)
         made.returncode = 0  # not ours to wait for
     except FileNotFoundError:
         raise UklaunchError("the command unshare is missing", "apt-get install util-linux") from None
     finally:
         os.close(fd)
+
+
+def _start_pasta(pid: int) -> None:
+    """Returns when the network is there. Without pasta, or a host that is connected, there is none."""
+    import subprocess
+
+    # No port leads in or out by itself, and the gateway's address is the gateway's, not the host's localhost.
+    closed = ["-t", "none", "-u", "none", "-T", "none", "-U", "none", "--no-map-gw"]
+    with contextlib.suppress(FileNotFoundError):
+        subprocess.run(
+            ["pasta", "--config-net", *closed, "--pid", str(_file("pasta")), str(pid)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+
+
+def _end_pasta() -> None:
+    """Idempotent. Debian 12's does not notice that the namespace has gone."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(_file("pasta").read_text())
+        pidfd = os.pidfd_open(pid)
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().startswith(("pasta", "passt")):  # one program, two names
+                _kill(pidfd)
+        finally:
+            os.close(pidfd)
+    _file("pasta").unlink(missing_ok=True)

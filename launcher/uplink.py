@@ -74,14 +74,22 @@ def parse(text: str) -> str:
 def choose(text: str | None, netns: Path | None) -> str:
     """The uplink of a new pod. An adopted namespace keeps its own, or none of it is used. Raises UsageError."""
     if rootless.is_active():
-        if text not in (None, NONE):
-            raise UsageError(f"--uplink {text} needs root", "use --uplink none")
-        return NONE
+        return _choose_rootless(text)
     if netns is None:
         return parse(NAT if text is None else text)
     if text not in (None, NONE):
         raise UsageError(f"--uplink {text}: a namespace that is adopted has its own uplink", "leave out --uplink")
     return OWN if text is None else text
+
+
+def _choose_rootless(text: str | None) -> str:
+    """The host is the user's own namespace, which pasta has joined to the real one, or has not."""
+    if text is not None and text.startswith(CNI):
+        raise UsageError(f"--uplink {text} needs root", "use --uplink nat, or none")
+    is_joined = net.find_uplink(HOST)[0] != ""
+    if text == NAT and not is_joined:
+        raise UsageError("--uplink nat without root needs pasta", "apt-get install passt, on a host with a route out")
+    return NAT if is_joined and text != NONE else NONE
 
 
 def addresses(record: state.PodRecord) -> tuple[IPv4Address | IPv6Address, ...]:
@@ -306,6 +314,8 @@ def _forwarding_sysctls(netns: Path) -> dict[str, str]:
 
 def check_publish(items: Sequence[Publish], uplink: str) -> None:
     """Before anything is made. Raises UsageError if one of the ports cannot be had."""
+    if items and rootless.is_active():
+        raise UsageError("-p needs root", "from inside the pod: uklaunch pod exec POD -- COMMAND")
     if items and uplink == NONE:
         raise UsageError("-p needs an uplink, and the pod has none", "leave out --uplink none")
     check_free(items)

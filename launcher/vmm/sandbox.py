@@ -217,6 +217,9 @@ def _enter(devices: Iterable[Path]) -> None:
             (root / name).symlink_to((Path("/") / name).readlink())
     for name in ("usr", "proc", "dev"):
         (root / name).mkdir(0o755)
+    if rootless.is_active():
+        # Who is no real root may mount a /proc only where another is to be seen; the VMM's own comes on top of it.
+        _mount("/proc", root / "proc", flags=_MS_BIND | _MS_REC)
     read_only = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
     _mount(PROGRAMS, root / "usr", flags=_MS_BIND)
     _mount("none", root / "usr", flags=_MS_BIND | _MS_REMOUNT | read_only)

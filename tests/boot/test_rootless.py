@@ -21,13 +21,25 @@ pytestmark = pytest.mark.boot
 
 ALICE, BOB = 62001, 62002  # nobody's: systemd's UIDS-GIDS.md
 OURS, USAGE = 125, 2
-# A host of the test's own: /dev/net/tun as udev makes it, runtime directories as pam_systemd does.
+# A host of the test's own: /dev/net/tun as udev makes it, runtime directories as pam_systemd does, and an outside.
 HOST = f"""
 set -e
 mount -t tmpfs tmpfs /mnt
 mknod -m 0666 /mnt/tun c 10 200
 mount --bind /mnt/tun /dev/net/tun
 for uid in {ALICE} {BOB}; do mkdir -m 0700 /mnt/$uid; chown $uid /mnt/$uid; done
+mkdir -p /run/netns
+mount -t tmpfs tmpfs /run/netns
+ip netns add outside
+ip link add toward type veth peer name back netns outside
+ip link set toward up
+ip address add 192.0.2.1/24 dev toward
+ip address add 2001:db8::1/64 dev toward nodad
+ip route add default via 192.0.2.2
+ip route add default via 2001:db8::2
+ip -n outside link set back up
+ip -n outside address add 192.0.2.2/24 dev back
+ip -n outside address add 2001:db8::2/64 dev back nodad
 echo ready
 exec sleep infinity
 """
@@ -51,7 +63,16 @@ class Machine:
         """As the user would run it; as root for uid 0."""
         whose = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
         environment = ["env", f"XDG_RUNTIME_DIR=/mnt/{uid}"] if uid else []
-        return ["nsenter", "--mount", f"--wd={Path.cwd()}", f"--target={self.pid}", *whose, *environment, *args]
+        return [
+            "nsenter",
+            "--mount",
+            "--net",
+            f"--wd={Path.cwd()}",
+            f"--target={self.pid}",
+            *whose,
+            *environment,
+            *args,
+        ]
 
     def run(self, uid: int, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -74,15 +95,19 @@ class Machine:
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
-    host = subprocess.Popen(["unshare", "--mount", "sh", "-c", HOST], stdout=subprocess.PIPE, text=True)
+    host = subprocess.Popen(["unshare", "--mount", "--net", "sh", "-c", HOST], stdout=subprocess.PIPE, text=True)
     assert host.stdout is not None
     with host.stdout:
         assert host.stdout.readline() == "ready\n"
+        made = Machine(host.pid)
+        serve = made.command(0, "ip", "netns", "exec", "outside", "busybox", "httpd", "-f", "-p", "8000", "-h", "/mnt")
+        outside = subprocess.Popen(serve)
         try:
-            yield Machine(host.pid)
+            yield made
         finally:
-            host.kill()
-            host.wait()
+            for process in (outside, host):
+                process.kill()
+                process.wait()
 
 
 def processes_of(uid: int) -> list[str]:
@@ -113,6 +138,10 @@ def test_a_guest_and_a_container_reach_each_other(machine: Machine) -> None:
                     heard = machine.uklaunch(ALICE, "pod", "exec", "p", "--", *get, f"http://{host}:8100/")
                     assert heard == "hello from the guest\n"
                 assert "one" in machine.uklaunch(ALICE, "flows", "p")
+                for host in ("192.0.2.2", "[2001:db8::2]"):
+                    assert "NOT FOUND" in machine.uklaunch(
+                        ALICE, "pod", "exec", "p", "--", *get, f"http://{host}:8000/x"
+                    )
                 assert machine.uklaunch(BOB, "ps", "-a").count("\n") == 1  # headings alone
             finally:
                 server.kill()
@@ -140,8 +169,8 @@ def test_nobody_opens_what_is_anothers(machine: Machine) -> None:
 
 CASES = {
     "no router": (("pod", "create", "p"), OURS, f"sudo uklaunch router load --user {ALICE}"),
-    "the uplink nat": (("pod", "create", "p", "--uplink", "nat"), USAGE, "--uplink nat needs root"),
-    "a published port": (("pod", "create", "p", "-p", "8080:80"), USAGE, "-p needs an uplink"),
+    "a published port": (("pod", "create", "p", "-p", "8080:80"), USAGE, "-p needs root"),
+    "another's namespace": (("pod", "create", "p", "--netns", "/proc/1/ns/net"), OURS, "cannot enter"),
     "loading the router": (("router", "load"), OURS, "for root alone"),
     "the demo": (("demo",), OURS, "for root alone"),
 }
