@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ exec sleep infinity
 # Asks the container by both families, and then answers it.
 GUEST = """
 for v in 4 6; do printf 'GET / HTTP/1.0\\r\\n\\r\\n' | netcat -$v -w 5 localhost 9090 | tail -n 1; done
+printf 'GET /x HTTP/1.0\\r\\n\\r\\n' | netcat -w 5 192.0.2.2 8000 | head -n 1
 mkdir /w; echo hello from the guest >/w/index.html; httpd -f -p 8100 -h /w
 """
 OPEN = (
@@ -108,15 +110,17 @@ def machine() -> Iterator[Machine]:
             for process in (outside, host):
                 process.kill()
                 process.wait()
+            for pid in (*processes_of(ALICE), *processes_of(BOB)):  # of a test that failed
+                os.kill(pid, signal.SIGKILL)
 
 
-def processes_of(uid: int) -> list[str]:
-    found = []
+def processes_of(uid: int) -> dict[int, str]:
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if path.stat().st_uid == uid:
-                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return list(filter(None, found))  # one that is dead and not yet waited for has none
+                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return {pid: line for pid, line in found.items() if line}  # one that is dead and not yet waited for has none
 
 
 def test_a_guest_and_a_container_reach_each_other(machine: Machine) -> None:
@@ -137,9 +141,10 @@ def test_a_guest_and_a_container_reach_each_other(machine: Machine) -> None:
                 for host in ("127.0.0.1", "[::1]"):
                     heard = machine.uklaunch(ALICE, "pod", "exec", "p", "--", *get, f"http://{host}:8100/")
                     assert heard == "hello from the guest\n"
+                assert "404 Not Found" in said
                 assert "one" in machine.uklaunch(ALICE, "flows", "p")
                 for host in ("192.0.2.2", "[2001:db8::2]"):
-                    assert "NOT FOUND" in machine.uklaunch(
+                    assert "404 Not Found" in machine.uklaunch(
                         ALICE, "pod", "exec", "p", "--", *get, f"http://{host}:8000/x"
                     )
                 assert machine.uklaunch(BOB, "ps", "-a").count("\n") == 1  # headings alone
