@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cgroup
+from . import cgroup, net, rootless
 from .errors import UklaunchError
 from .vmm.accel import kvm_status
 
@@ -32,6 +32,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every need, in the order in which it stops a launch."""
+    if os.geteuid() != 0:
+        return _examine_rootless()
     checks: tuple[Callable[[], Finding], ...] = (
         _privileges,
         _kernel,
@@ -53,9 +55,29 @@ def examine() -> list[Finding]:
     return [check() for check in checks]
 
 
+def _examine_rootless() -> list[Finding]:
+    """What a user has without root: looked at from inside, in namespaces of his own."""
+    anywhere = [_kernel(oldest=(5, 19)), _tun(), _ip(), _nftables(), _qemu(), _qemu_img(), _kvm()]
+    try:
+        rootless.enter()
+    except UklaunchError as exc:
+        return [Finding(need="namespaces", ok=False, found=exc.message, remedy=exc.hint), *anywhere]
+    own = Finding(need="namespaces", ok=True, found="a user may make his own")
+    return [own, *anywhere, _router(), _sandbox(), _way_out()]
+
+
+def _way_out() -> Finding:
+    joined = net.find_uplink(Path("/proc/self/ns/net"))[0] != ""
+    return Finding(
+        need="pasta",
+        ok=joined,
+        found="joins pods to the host's network" if joined else "pods have no way out",
+        remedy="connect the host" if shutil.which("pasta") else "apt-get install passt",
+        required=False,
+    )
+
+
 def _privileges() -> Finding:
-    if os.geteuid() != 0:
-        return Finding(need="root", ok=False, found=f"uid {os.geteuid()}", remedy="run uklaunch with sudo")
     status = Path("/proc/self/status").read_text()
     effective = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
     missing = [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
@@ -67,10 +89,11 @@ def _privileges() -> Finding:
     )
 
 
-def _kernel() -> Finding:
+def _kernel(oldest: tuple[int, int] = (5, 10)) -> Finding:
     release = platform.release()
     major, minor = (int(part) for part in release.split(".")[:2])
-    return Finding(need="kernel", ok=(major, minor) >= (5, 10), found=release, remedy="use Linux 5.10 or newer")
+    remedy = "use Linux {}.{} or newer".format(*oldest)
+    return Finding(need="kernel", ok=(major, minor) >= oldest, found=release, remedy=remedy)
 
 
 def _tun() -> Finding:

@@ -186,8 +186,7 @@ def _make_holder() -> None:
                 said = made.stderr.read().decode(errors="replace").strip().splitlines()
                 made.wait()
                 raise UklaunchError(
-                    f"cannot make a user namespace: {said[-1] if said else 'it died without a word'}",
-                    "see what is missing: uklaunch doctor",
+                    f"cannot make a user namespace: {said[-1] if said else 'it died without a word'}", _remedy()
                 )
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(made.pid).encode(), 0)
@@ -197,6 +196,19 @@ def _make_holder() -> None:
         raise UklaunchError("the command unshare is missing", "apt-get install util-linux") from None
     finally:
         os.close(fd)
+
+
+def _remedy() -> str:
+    """Why a kernel, Debian's or another, refuses namespaces to users."""
+    for name, forbids, wanted in (
+        ("kernel.unprivileged_userns_clone", "0", "1"),
+        ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+        ("user.max_user_namespaces", "0", "10000"),
+    ):
+        with contextlib.suppress(OSError):
+            if (Path("/proc/sys") / name.replace(".", "/")).read_text().strip() == forbids:
+                return f"ask the administrator for it: sudo sysctl {name}={wanted}"
+    return "in a container: give it user namespaces, or root"
 
 
 def _start_pasta(pid: int) -> None:

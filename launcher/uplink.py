@@ -73,7 +73,7 @@ def parse(text: str) -> str:
 
 def choose(text: str | None, netns: Path | None) -> str:
     """The uplink of a new pod. An adopted namespace keeps its own, or none of it is used. Raises UsageError."""
-    if rootless.is_active():
+    if netns is None and rootless.is_active():
         return _choose_rootless(text)
     if netns is None:
         return parse(NAT if text is None else text)

@@ -190,6 +190,16 @@ def test_what_needs_root_says_so_in_a_line(machine: Machine, case: str) -> None:
     assert not processes_of(ALICE)
 
 
+def test_doctor_says_what_to_ask_the_administrator_for(machine: Machine) -> None:
+    said = machine.run(ALICE, *COMMAND, "doctor").stdout
+    assert f"remedy: ask the administrator for it: sudo uklaunch router load --user {ALICE}" in said
+    with machine.router_of(ALICE):
+        said = machine.uklaunch(ALICE, "doctor")
+    assert "FAIL" not in said
+    assert "joins pods to the host's network" in said
+    assert not processes_of(ALICE)
+
+
 def test_as_many_pods_as_root_has_made_room_for(machine: Machine) -> None:
     with machine.router_of(ALICE):
         for name in ("one", "two"):
