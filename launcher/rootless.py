@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import fcntl
 import os
 import select
@@ -125,6 +124,8 @@ def _file(name: str) -> Path:
 
 
 def _come() -> None:
+    import ctypes
+
     global _users_fd
     try:
         _file("users").parent.mkdir(mode=0o700, parents=True, exist_ok=True)
