@@ -10,7 +10,8 @@ asked for and cannot be had is an error; what every VMM gets where that is possi
 left out. A cgroup is removed when its guest has ended, by `gc` after a crash; rmdir(2) takes none in which a process
 lives.
 
-No process may live beside cgroups that have controllers: a supervisor in a delegated cgroup moves down into one first.
+No process may live beside cgroups that have controllers: a supervisor in a delegated cgroup moves down into one first,
+and for one that comes after it room is made.
 Sources: Documentation/admin-guide/cgroup-v2.rst; systemd's CGROUP_DELEGATION.md.
 """
 
@@ -29,7 +30,7 @@ from .limits import Limits
 from .timeline import mark
 
 OURS = "uklaunch"
-SUPERVISOR = "supervisor"
+SUPERVISOR, CONTROL = "supervisor", ".control"
 CONTROLLERS = ("cpu", "memory", "pids")
 PERIOD_US = 100_000
 # QEMU's own threads: its main loop, RCU, and at most 64 workers for its disks (util/thread-pool.c), twice over.
@@ -159,6 +160,36 @@ def _make(home: Home, path: Path, wanted: dict[str, str]) -> Path:
                 if name == "cpu.max":
                     raise
     return path
+
+
+def hold(path: Path, wanted: dict[str, str]) -> None:
+    """Set the limits of a running VMM once more, for its new supervisor. A cgroup that is not below this process's home
+    keeps those that it has. Raises OSError, which names the file."""
+    home = find_home()
+    if home is not None and home.path == path.parent:
+        _make(home, path, wanted)
+
+
+def make_room() -> Path | None:
+    """Let the next supervisor into the delegated cgroup of one that has died, whose VMM lives on below.
+
+    The kernel takes no process into a cgroup that has controllers for those below, and systemd puts its next one there:
+    so the controllers go, and with them the limits, until `hold`. This is called where systemd runs an ExecStopPost= of
+    such a unit: in `.control` beside the VMM (systemd's src/core/execute.c, exec_parameters_get_cgroup_path). Returns
+    the cgroup, if this is one.
+    """
+    root = mount()
+    if root is None:
+        return None
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = root / next((line.removeprefix("0::/") for line in lines if line.startswith("0::")), "")
+    if own.name != CONTROL or not _is_delegated(own.parent):
+        return None
+    enabled = (own.parent / "cgroup.subtree_control").read_text().split()
+    if not enabled:
+        return None
+    _write(own.parent / "cgroup.subtree_control", " ".join(f"-{name}" for name in enabled))
+    return own.parent
 
 
 def admit(path: Path | None, pid: int) -> None:

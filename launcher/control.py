@@ -213,6 +213,15 @@ def _collecting(kill: bool) -> Iterator[Iterator[Collected]]:
     state.forget_unknown_pods()
     yield _collect_uplinks()
     yield _collect_router()
+    yield _make_room()
+
+
+def _make_room() -> Iterator[Collected]:
+    try:
+        if (made := cgroup.make_room()) is not None:
+            yield Collected("cgroup", str(made), "its supervisor had died; open to the next")
+    except OSError as exc:
+        raise UklaunchError(f"{exc.filename}: {exc.strerror}") from exc
 
 
 def _collect_guest(pod: str, guest: str, *, kill: bool) -> Iterator[Collected]:

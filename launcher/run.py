@@ -183,8 +183,7 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
             found = member.resolver
             spec = replace(spec, nameservers=found.nameservers, search=found.search, resolver_options=found.options)
         directory = place.record.directory
-        memory_mib = spec.memory_mib + overhead_mib(accel, spec.memory_mib, spec.cpus)
-        wanted = cgroup.settings(options.limits, memory_mib=memory_mib, cpus=spec.cpus)
+        wanted = cgroup_settings(spec, options, accel)
         confines = stack.enter_context(cgroup.guest_cgroup(home, Path(place.record.cgroup), wanted))
         boot, start_vmm = starter(spec, options, member, accel, kvm.group, place.vmm_lock, directory, confines)
 
@@ -197,6 +196,11 @@ async def run_guest(spec: GuestSpec, options: RunOptions | None = None) -> Async
         guest = Guest(place.record, boot, options, place.console, member, place.lock, start_vmm)
         await stack.enter_async_context(living(guest, partial(trio.to_thread.run_sync, connect)))
         yield guest
+
+
+def cgroup_settings(spec: GuestSpec, options: RunOptions, accel: Accel) -> dict[str, str]:
+    memory_mib = spec.memory_mib + overhead_mib(accel, spec.memory_mib, spec.cpus)
+    return cgroup.settings(options.limits, memory_mib=memory_mib, cpus=spec.cpus)
 
 
 def starter(

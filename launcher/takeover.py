@@ -23,7 +23,7 @@ from .console import Console, open_console
 from .errors import UklaunchError, UsageError
 from .guest import Guest, RunOptions
 from .model import Accel, GuestSpec, Machine
-from .run import living, mtu_of, starter, threaded
+from .run import cgroup_settings, living, mtu_of, starter, threaded
 from .timeline import mark
 from .vmm import ADOPTERS
 from .vmm.accel import kvm_status
@@ -153,6 +153,12 @@ async def take_over(
         if stop_timeout_s is not None:
             options = replace(options, stop_timeout_s=stop_timeout_s)
         accel = Accel(record.accel)
+        confines = cgroup.existing(record.cgroup)
+        if confines is not None:
+            try:
+                cgroup.hold(confines, cgroup_settings(place.spec, options, accel))
+            except OSError as exc:
+                options.note(f"the guest's limits are not in force: {exc.filename}: {exc.strerror}")
         boot, start_vmm = starter(
             place.spec,
             options,
@@ -161,7 +167,7 @@ async def take_over(
             kvm_status().group,
             place.vmm_lock,
             record.directory,
-            cgroup.existing(record.cgroup),
+            confines,
         )
         adopt = partial(
             ADOPTERS[record.vmm],

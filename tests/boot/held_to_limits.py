@@ -104,6 +104,49 @@ def delegated(command: list[str]) -> dict[str, Any]:
     }
 
 
+def replaced(command: list[str]) -> dict[str, Any]:
+    """A supervisor in a unit dies, and its VMM lives on: systemd puts the next one into the unit's cgroup."""
+    path, limits = UNIT / CGROUP.name, Limits(cpus=0.5)
+
+    def enter(where: Path) -> str:
+        try:
+            (where / "cgroup.procs").write_text("0")
+        except OSError as exc:
+            return os.strerror(exc.errno or 0)
+        return ""
+
+    def after_it() -> str:
+        (UNIT / cgroup.CONTROL).mkdir()
+        return enter(UNIT / cgroup.CONTROL) or str(cgroup.make_room())
+
+    def next_one() -> Any:
+        failed = enter(UNIT)
+        free = cgroup.in_force(path)
+        cgroup.hold(path, cgroup.settings(limits, memory_mib=256, cpus=1))
+        return failed, free, cgroup.in_force(path), Path("/proc/self/cgroup").read_text().strip()
+
+    with started(command, limits, 256, path):
+        return {
+            "before": cgroup.in_force(path),
+            "refused": in_a_child(lambda: enter(UNIT)),
+            "room": in_a_child(after_it),
+            "next": in_a_child(next_one),
+        }
+
+
+def in_a_child(function: Callable[[], Any]) -> Any:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, json.dumps(function()).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        found = json.loads(said.read() or '"died"')
+    os.waitpid(pid, 0)
+    return found
+
+
 def main() -> None:
     subprocess.run(["mount", "-t", "cgroup2", "cgroup2", str(ROOT)], check=True)
     steps: dict[str, Callable[[], Any]] = {
@@ -114,6 +157,7 @@ def main() -> None:
         "threads": lambda: threads(FORKS),
         "left": lambda: [path.name for path in ROOT.iterdir() if path.is_dir()],
         "delegated": lambda: delegated(BUSY),
+        "replaced": lambda: replaced(BUSY),
     }
     for name, step in steps.items():
         print("FOUND", json.dumps([name, step()]), flush=True)

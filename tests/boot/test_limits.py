@@ -6,6 +6,7 @@ guest's (this machine's may have them bound to v1); of disks by QEMU.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -122,6 +123,16 @@ def test_a_unit_of_systemds_keeps_its_vmm(found: dict[str, Any]) -> None:
         "homes": [str(UNIT), str(UNIT)],
         "to be moved out of": [True, False],
         "supervisor": f"0::/{UNIT.name}/supervisor",
+    }
+
+
+def test_a_unit_takes_the_next_supervisor_of_a_vmm_that_lives_on(found: dict[str, Any]) -> None:
+    limited = {"cpu.max": "50000 100000", "memory.max": str(256 << 20), "pids.max": str(cgroup.THREADS + 1)}
+    assert found["replaced"] == {
+        "before": limited,
+        "refused": os.strerror(errno.EBUSY),
+        "room": str(UNIT),
+        "next": ["", {}, limited, f"0::/{UNIT.name}/supervisor"],
     }
 
 

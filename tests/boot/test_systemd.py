@@ -132,31 +132,69 @@ def test_a_unit_is_active_only_when_its_guest_is_ready(host: Host) -> None:
         assert guests(host) == {"web": "ready", "db": "ready"}
 
 
-def test_the_watchdog_ends_a_stopped_supervisor_and_starts_another(host: Host) -> None:
+TAKEN_OVER = "until [ $(uklaunch events | grep -c 'taken over') = {count} ]; do sleep 0.1; done"
+
+
+def vmm_pid(host: Host, guest: str) -> int:
+    return int(json.loads(host.uklaunch("inspect", guest))["vmm_pid"])
+
+
+def test_a_supervisor_that_hangs_is_replaced_and_its_guest_runs_on(host: Host) -> None:
+    """By the watchdog; as one that was killed is."""
     host.drop_in(WEB, "[Service]\nWatchdogSec=2s\n")
     with host.booted():
         host.wait_event(f"active {WEB}")
-        first = int(host.show(WEB, "MainPID"))
-        host.kill(first, signal.SIGSTOP)
-        host.wait_event(f"stopped {WEB} watchdog", timeout_s=10)
-        assert host.wait_event(f"active {WEB}") == [f"active {WEB}"]
-        assert guests(host) == {"web": "ready", "db": "ready"}
-        assert host.show(WEB, "MainPID") != str(first)
-        assert host.show(WEB, "NRestarts") == "1"
+        vmm = vmm_pid(host, "web")
+        for restarts, (number, why) in enumerate(((signal.SIGSTOP, "watchdog"), (signal.SIGKILL, "signal")), 1):
+            supervisor = int(host.show(WEB, "MainPID"))
+            host.kill(supervisor, number)
+            assert host.wait_event(f"active {WEB}") == [f"stopped {WEB} {why}", f"active {WEB}"]
+            assert guests(host) == {"web": "ready", "db": "ready"}
+            assert host.show(WEB, "MainPID") != str(supervisor)
+            assert host.show(WEB, "NRestarts") == str(restarts)
+            assert vmm_pid(host, "web") == vmm
         assert host.show(DB, "NRestarts") == "0"
 
 
-def test_nothing_is_left_of_a_supervisor_that_was_killed(host: Host) -> None:
-    """Not its QEMU, which systemd ends, and neither record nor rows that are not true any more."""
+def test_a_reload_is_a_new_supervisor_in_the_same_process(host: Host) -> None:
+    with host.booted():
+        host.wait_event(f"active {WEB}")
+        before = host.show(WEB, "MainPID"), vmm_pid(host, "web")
+        for count in (1, 2):
+            host.systemctl("reload", WEB)
+            host.run("timeout", "50", "sh", "-c", TAKEN_OVER.format(count=count))
+            assert host.systemctl("is-active", WEB).strip() in ("active", "reloading")
+        assert (host.show(WEB, "MainPID"), vmm_pid(host, "web")) == before
+        assert "shop/web is ready at 169.254.77." in host.show(WEB, "StatusText")
+        assert host.show(WEB, "WatchdogTimestampMonotonic") != "0"
+
+
+def test_a_supervisor_that_does_not_stop_its_guest(host: Host) -> None:
+    """It hears nothing of what systemd says, and is killed; what it has left is stopped in order."""
+    host.drop_in(DB, "[Service]\nTimeoutStopSec=1s\nKillSignal=SIGWINCH\n")
+    with host.booted():
+        host.wait_event(f"active {WEB}")
+        host.systemctl("stop", DB)
+        host.wait_event(f"stopped {DB} timeout")
+        assert guests(host) == {"web": "ready"}
+        assert json.loads(host.uklaunch("gc", "--json")) == []
+        assert len(host.run("pgrep", "qemu-system").split()) == 1
+
+
+def test_a_guest_whose_supervisor_is_not_replaced(host: Host) -> None:
+    """It is left, and said so; who starts its unit again goes on with it."""
     host.drop_in(WEB, "[Service]\nRestart=no\n")
     with host.booted():
         host.wait_event(f"active {WEB}")
+        vmm = vmm_pid(host, "web")
         host.kill(int(host.show(WEB, "MainPID")), signal.SIGKILL)
         host.wait_event(f"stopped {WEB} signal")
+        assert guests(host) == {"web": "unsupervised", "db": "ready"}
+        host.systemctl("start", WEB)
+        assert guests(host) == {"web": "ready", "db": "ready"}
+        assert vmm_pid(host, "web") == vmm
+        host.systemctl("stop", WEB)
         assert guests(host) == {"db": "ready"}
-        assert [guest["name"] for guest in json.loads(host.uklaunch("pod", "inspect", "shop"))["guests"]] == ["db"]
-        assert json.loads(host.uklaunch("gc", "--json")) == []
-        assert len(host.run("pgrep", "qemu-system").split()) == 1
 
 
 def test_a_router_of_sources_that_nobody_has_compiled_yet(host: Host) -> None:

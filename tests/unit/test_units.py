@@ -123,7 +123,8 @@ After=other.service
 
 [Service]
 ExecStart=
-ExecStart=uklaunch run "--name=web" "--pod=my-shop" "--memory=2M" "--publish=443:443" "--env=A=b \\"c\\" \\\\d $$e" \
+ExecStart=uklaunch run --take-over "--name=web" "--pod=my-shop" \
+"--memory=2M" "--publish=443:443" "--env=A=b \\"c\\" \\\\d $$e" \
 "--env-file={etc}/secret" "--env-file=%d/other" "{etc}/web.img"
 Slice=uklaunch-my\\x2dshop.slice
 MemoryMax=1G
