@@ -95,6 +95,8 @@ Publish=443:\\
 Env=A=b "c" \\d $e
 EnvFile=secret
 EnvFile=%d/other
+Watchdog=no
+Watchdog=yes
 [Service]
 MemoryMax=1G
 [Install]
@@ -125,7 +127,7 @@ After=other.service
 ExecStart=
 ExecStart=uklaunch run --take-over "--name=web" "--pod=my-shop" \
 "--memory=2M" "--publish=443:443" "--env=A=b \\"c\\" \\\\d $$e" \
-"--env-file={etc}/secret" "--env-file=%d/other" "{etc}/web.img"
+"--env-file={etc}/secret" "--env-file=%d/other" "--watchdog" "{etc}/web.img"
 Slice=uklaunch-my\\x2dshop.slice
 MemoryMax=1G
 """,
@@ -155,6 +157,7 @@ GOOD = "[Guest]\nImage=default\nPod=shop\n"
         ("bad_guest", "[Guest]\nPod=a\n", "[Guest] has no Image="),
         ("bad_guest", "[Guest]\nImage=a\n", "[Guest] has no Pod="),
         ("bad_guest", GOOD + "Imag=default\n", "[Guest] Imag= is unknown"),
+        ("bad_guest", GOOD + "Watchdog=maybe\n", "Watchdog=maybe is neither yes nor no"),
         ("bad_guest", GOOD + "[Install]\nAlias=ssh.service\n", "[Install] Alias= is unknown"),
         ("bad_guest", GOOD + "[Install]\nWantedBy=../../etc\n", "is not the name of a unit"),
         ("Bad_guest", GOOD, "lower-case letters"),
