@@ -29,6 +29,7 @@ class DiskFds:
     base: int
     qcow2: bool
     overlay: int | None
+    overlay_limit_bytes: int = 0  # as long as it gets when the guest writes all that the disk holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,11 @@ class Fds:
             *(disk.base for disk in self.disks),
             *(fd for fd in optional if fd is not None),
         ]
+
+    @property
+    def write_limit_bytes(self) -> int:
+        """More of any file QEMU has no reason to write."""
+        return max((disk.overlay_limit_bytes for disk in self.disks), default=0)
 
 
 class Opened(contextlib.ExitStack):
@@ -86,8 +92,10 @@ class Opened(contextlib.ExitStack):
     def disk(self, disk: Disk) -> DiskFds:
         source = disk.source
         base = self.bytes("disk", [source], 512) if isinstance(source, bytes) else self.file(source)
-        overlay = None if disk.readonly else self.overlay(base, disk)
-        return DiskFds(base=base, qcow2=disk.qcow2, overlay=overlay)
+        if disk.readonly:
+            return DiskFds(base=base, qcow2=disk.qcow2, overlay=None)
+        overlay = self.overlay(base, disk)
+        return DiskFds(base=base, qcow2=disk.qcow2, overlay=overlay, overlay_limit_bytes=limit_bytes(overlay))
 
     def overlay(self, base: int, disk: Disk) -> int:
         """A nameless qcow2 over the disk, with the patches written into it: it goes when QEMU goes."""
@@ -100,6 +108,13 @@ class Opened(contextlib.ExitStack):
             write = f"write -q -s /proc/self/fd/{patch} {offset} {len(content)}"
             _run("qemu-io", "-f", "qcow2", "-c", write, path, inherited=(fd, base, patch))
         return fd
+
+
+def limit_bytes(qcow2: int) -> int:
+    """Of a file that qemu-img has just made: what its disk holds, and its tables, which take 1/8192 of that for where
+    each cluster is and 1/32768 for whether it is used (docs/interop/qcow2.txt); twice that, and some for rounding."""
+    size = int.from_bytes(os.pread(qcow2, 8, 24), "big")
+    return size + size // 2048 + (4 << 20)
 
 
 def _run(*command: str, inherited: tuple[int, ...]) -> None:

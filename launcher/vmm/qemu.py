@@ -396,6 +396,7 @@ async def run_qemu(
                 fds=[*fds.all(), lock_fd],
                 groups=() if kvm_group is None else (kvm_group,),
                 devices=(KVM,) if accel is Accel.KVM else (),
+                write_limit_bytes=fds.write_limit_bytes,
                 admit=admit,
             )
         vmm = Vmm(process, machine, _stream(console_ours), command)

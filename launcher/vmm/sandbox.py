@@ -97,9 +97,12 @@ async def start(
     fds: Iterable[int],
     groups: Iterable[int] = (),
     devices: Iterable[Path] = (),
+    write_limit_bytes: int = 0,
     admit: Callable[[int], None] = lambda pid: None,
 ) -> Process:
     """Start the command confined, with these descriptors, supplementary groups and device nodes.
+
+    Beyond `write_limit_bytes` it can write to no file (setrlimit(2), RLIMIT_FSIZE).
 
     `admit` is given its pid while it waits, before it is the VMM: what it is put into there, it has never been out of.
     Raises UklaunchError if the kernel does not let us, and what `admit` raises; then nothing runs.
@@ -108,7 +111,15 @@ async def start(
     stderr = trio.lowlevel.FdStream(ours)
     try:
         popen = await trio.to_thread.run_sync(
-            lambda: spawn(command, fds=fds, groups=groups, devices=devices, admit=admit, stderr=theirs)
+            lambda: spawn(
+                command,
+                fds=fds,
+                groups=groups,
+                devices=devices,
+                write_limit_bytes=write_limit_bytes,
+                admit=admit,
+                stderr=theirs,
+            )
         )
         try:
             return Process(popen, stderr)
@@ -129,6 +140,7 @@ def spawn(
     fds: Iterable[int] = (),
     groups: Iterable[int] = (),
     devices: Iterable[Path] = (),
+    write_limit_bytes: int = 0,
     admit: Callable[[int], None] = lambda pid: None,
     stderr: int | None = None,
 ) -> subprocess.Popen[bytes]:
@@ -175,6 +187,7 @@ def spawn(
         try:
             mark("vmm-fork")
             resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))  # a core holds all of the guest's memory
+            resource.prlimit(popen.pid, resource.RLIMIT_FSIZE, (write_limit_bytes, write_limit_bytes))
             Path(f"/proc/{popen.pid}/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
             admit(popen.pid)
             with contextlib.suppress(BrokenPipeError):  # it has died: its exit code tells

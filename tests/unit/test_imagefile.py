@@ -15,6 +15,7 @@ from launcher.arguments import parser
 from launcher.commands.run import cmd_run
 from launcher.errors import ImageError, ImageNotFound, UsageError
 from launcher.image import identify, split_digest
+from launcher.imagefile import ImageFile
 from launcher.model import AddressPlan, Boot, Disk, Image, Nic
 from launcher.vmm.files import Opened, open_fds
 
@@ -176,6 +177,28 @@ def test_no_tool_sees_a_qcow2_disk_of_another_version(tmp_path: Path) -> None:
 
 
 # --- digests ---
+
+
+@pytest.mark.parametrize("mib", [1, 96])
+def test_an_overlay_takes_all_that_its_disk_holds_and_no_more_than_that(mib: int, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(fixtures.mbr(b""))
+    os.truncate(raw, mib << 20)
+    with Opened() as opened:
+        disk = opened.disk(Disk(source=ImageFile(raw)))
+        assert disk.overlay is not None
+        limit = disk.overlay_limit_bytes
+        for size in range(0, mib, 8):  # each part twice: what is written again is written in place
+            write = f"write -P 7 {size}M {min(8, mib - size)}M"
+            command = ["qemu-io", "-f", "qcow2", "-c", write, "-c", write, f"/proc/self/fd/{disk.overlay}"]
+            subprocess.run(
+                ["prlimit", f"--fsize={limit}", *command],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(disk.overlay, disk.base),
+            )
+        written = os.fstat(disk.overlay).st_size
+    assert mib << 20 < written <= limit < (mib << 20) * 1.1 + (8 << 20)
 
 
 def digest(content: bytes) -> str:
