@@ -91,6 +91,8 @@ class Host:
                 f"ExecStartPost=+/bin/sh -c 'echo active %n >{directory}/events'\n"
                 f"ExecStopPost=+/bin/sh -c 'echo stopped %n $$SERVICE_RESULT >{directory}/events'\n",
             )
+        # Shut in, it sees neither /tmp nor homes, and this checkout may be there.
+        host.drop_in("uklaunch-router.service", f"[Service]\nBindReadOnlyPaths={UNITS.parent.parent} {BIN.parent}\n")
         host.want("sysinit.target", "systemd-journald.service")
         host.want("multi-user.target", "uklaunch.target")
         host.want("uklaunch.target", "uklaunch-router.service")

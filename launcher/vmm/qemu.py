@@ -42,6 +42,7 @@ TCG_CACHE_MIB = 128  # of translated code; QEMU's own default is 1 GiB, or an ei
 STDERR_LINES_KEPT, STDERR_LINE_LIMIT = 20, 300
 QMP_TIMEOUT_S = 30
 QMP_SOCKET, CONSOLE_SOCKET = "qmp.sock", "console.sock"
+WAITED = b"console.sock,server=on"  # at the end of what QEMU says of each connection that it waits for: we are there
 LAST_WORDS_S = 1  # for what a VMM says on its way out
 CONSOLE_POLL_S = 0.05
 COM1_IER = 0x3F9  # the Interrupt Enable Register of a 16550, whose reading changes nothing
@@ -276,7 +277,7 @@ class Vmm:
         """A QEMU that dies under a command shows as one of QMP's errors, as EOF, or as both in a group."""
         from qemu.qmp import QMPError
 
-        failure: BaseException | None = None
+        failure: BaseExceptionGroup | None = None
         try:
             with trio.fail_after(QMP_TIMEOUT_S):
                 yield
@@ -286,6 +287,9 @@ class Vmm:
             with trio.move_on_after(LAST_WORDS_S):  # its exit code and last words follow the end of its socket
                 await self.process.wait()
                 await self.stderr_ended.wait()
+            if self.process.returncode is None:
+                slow = failure.subgroup(trio.TooSlowError) is not None
+                what += f": no answer within {QMP_TIMEOUT_S:g} s" if slow else f": {_said(failure)}"
             raise self.failure(what) from failure
 
     async def disconnect(self) -> None:
@@ -325,6 +329,14 @@ class Vmm:
         why = f": {self.stderr[-1]}" if self.stderr else ""
         detail = "\n".join([*self.stderr, *(["command: " + " ".join(self.command)] if self.command else [])])
         return UklaunchError(f"{what}{state}{why}", "-v shows the command and all it said", detail)
+
+
+def _said(failure: BaseException) -> str:
+    """The innermost error's own words, or its name; it may quote what a hostile VMM has sent."""
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return _printable(lines[0].encode(errors="replace"))
 
 
 def _end(code: int) -> str:
@@ -468,7 +480,7 @@ async def _collect_stderr(vmm: Vmm, stderr: trio.abc.ReceiveStream) -> None:
     rest = b""
     async for chunk in stderr:
         *lines, rest = (rest + chunk).split(b"\n")
-        vmm.stderr += [_printable(line) for line in lines if line.strip()]
+        vmm.stderr += [_printable(line) for line in lines if line.strip() and not line.endswith(WAITED)]
         del vmm.stderr[:-STDERR_LINES_KEPT]
         rest = rest[-4096:]
     vmm.stderr_ended.set()
