@@ -42,7 +42,7 @@ TCG_CACHE_MIB = 128  # of translated code; QEMU's own default is 1 GiB, or an ei
 STDERR_LINES_KEPT, STDERR_LINE_LIMIT = 20, 300
 QMP_TIMEOUT_S = 30
 QMP_SOCKET, CONSOLE_SOCKET = "qmp.sock", "console.sock"
-WAITED = b"console.sock,server=on"  # at the end of what QEMU says of each connection that it waits for: we are there
+WAITED = b".sock,server=on"  # at the end of what QEMU says of each connection that it waits for: we are there
 LAST_WORDS_S = 1  # for what a VMM says on its way out
 CONSOLE_POLL_S = 0.05
 COM1_IER = 0x3F9  # the Interrupt Enable Register of a 16550, whose reading changes nothing
@@ -73,8 +73,9 @@ def arguments(boot: Boot, machine: Machine, accel: Accel, fds: Fds, limits: Limi
         "-no-reboot",  # a guest that resets ends; starting it again is the supervisor's decision
         "-S",  # paused, until the pod is made
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        # Both listen: a supervisor that comes after one that died finds its way in. Ours is connected already.
-        *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off"),
+        # Both listen: a supervisor that comes after one that died finds its way in. We are there already, and let in
+        # first: else QEMU's main loop and its monitor's thread may both do so, and once in 1,000 starts none answers.
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=on"),
         *("-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"socket,id=console,fd={fds.console},server=on,wait=on"),
         *("-serial", "chardev:console"),
