@@ -69,13 +69,18 @@ def find_home() -> Home | None:
     root = mount()
     if root is None:
         return None
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    own = root / next(line.removeprefix("0::/") for line in lines if line.startswith("0::"))
+    own = _own(root)
     if _is_delegated(own) and (own / "cgroup.procs").read_text().split() == [str(os.getpid())]:
         return Home(path=own, controllers=_controllers(own), own=True)
     if own.name == SUPERVISOR and _is_delegated(own.parent):  # a second guest of ours
         return Home(path=own.parent, controllers=_controllers(own.parent))
     return Home(path=root / OURS, controllers=_controllers(root))
+
+
+def _own(root: Path) -> Path:
+    """The cgroup of this process."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return root / next((line.removeprefix("0::/") for line in lines if line.startswith("0::")), "")
 
 
 def _controllers(path: Path) -> frozenset[str]:
@@ -181,8 +186,7 @@ def make_room() -> Path | None:
     root = mount()
     if root is None:
         return None
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    own = root / next((line.removeprefix("0::/") for line in lines if line.startswith("0::")), "")
+    own = _own(root)
     if own.name != CONTROL or not _is_delegated(own.parent):
         return None
     enabled = (own.parent / "cgroup.subtree_control").read_text().split()

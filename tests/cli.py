@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 COMMAND = (sys.executable, "-m", "launcher")
 
@@ -33,3 +34,10 @@ def uklaunch(
 
 def shown(result: subprocess.CompletedProcess[str]) -> str:
     return f"{shlex.join(map(str, result.args))}\nexit {result.returncode}\n{result.stdout}\n{result.stderr}"
+
+
+def ok(*args: str, **kwargs: Any) -> str:
+    """What it printed, when it has done what it was asked to."""
+    result = uklaunch(*args, **kwargs)
+    assert result.returncode == 0, shown(result)
+    return result.stdout

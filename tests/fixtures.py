@@ -8,9 +8,20 @@ import subprocess
 from pathlib import Path
 
 from launcher.guests import bootfs, rofs
+from launcher.model import AddressPlan, Nic
 
 SECTOR = 512
 FUZZ = int(os.environ.get("UKLAUNCH_FUZZ", "1"))  # how many times as long fuzzers look
+
+# The first guest of a pod.
+PLAN = AddressPlan()
+NIC = Nic(
+    mac=PLAN.guest_mac(2),
+    ipv4=PLAN.guest_ipv4(2),
+    ipv6=PLAN.guest_ipv6(2),
+    gateway_ipv4=PLAN.ipv4.ip,
+    gateway_ipv6=PLAN.ipv6.ip,
+)
 
 
 def elf(*, pvh: bool = False, multiboot: bool = False, text: bytes = b"", bits: int = 64) -> bytes:

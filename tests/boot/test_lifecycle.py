@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ from launcher.arguments import DEFAULT_BUNDLE
 from launcher.demo import demo
 
 from .. import leaks
-from ..cli import COMMAND, shown, uklaunch
+from ..cli import COMMAND, ok, shown, uklaunch
 
 pytestmark = pytest.mark.boot
 
@@ -39,12 +38,6 @@ def no_leaks() -> Iterator[None]:
     if state.read_pod(POD) is not None:
         uklaunch("pod", "rm", "--force", POD)
     assert not left, "left behind:\n" + "\n".join(sorted(left))
-
-
-def ok(*args: str, **kwargs: Any) -> str:
-    result = uklaunch(*args, **kwargs)
-    assert result.returncode == 0, shown(result)
-    return result.stdout
 
 
 @contextlib.contextmanager

@@ -10,19 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from .. import leaks
-from ..cli import COMMAND, shown, uklaunch
+from ..cli import COMMAND, ok, uklaunch
 
 pytestmark = pytest.mark.boot
 
 POD = "bootobserve"
 GUEST = f"{POD}/web"
 PATIENCE_S = 30
-
-
-def ok(*args: str) -> str:
-    result = uklaunch(*args)
-    assert result.returncode == 0, shown(result)
-    return result.stdout
 
 
 def guest_metrics() -> dict[str, float]:

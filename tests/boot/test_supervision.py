@@ -18,7 +18,7 @@ import pytest
 from launcher import net, state
 
 from .. import leaks
-from ..cli import COMMAND, shown, uklaunch
+from ..cli import COMMAND, ok, shown, uklaunch
 
 pytestmark = pytest.mark.boot
 
@@ -34,12 +34,6 @@ def no_leaks() -> Iterator[None]:
         uklaunch("rm", "--force", f"{record.pod}/{record.name}")
     left = leaks.ours() - before
     assert not left, "left behind:\n" + "\n".join(sorted(left))
-
-
-def ok(*args: str, **kwargs: Any) -> str:
-    result = uklaunch(*args, **kwargs)
-    assert result.returncode == 0, shown(result)
-    return result.stdout
 
 
 class Events:

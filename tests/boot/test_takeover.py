@@ -19,7 +19,7 @@ from launcher import control, fault, net, state
 from launcher.vmm.qemu import CONSOLE_SOCKET
 
 from .. import leaks
-from ..cli import COMMAND, shown, uklaunch
+from ..cli import COMMAND, ok, shown, uklaunch
 
 pytestmark = pytest.mark.boot
 
@@ -47,12 +47,6 @@ def no_leaks() -> Iterator[None]:
         pass
     left = leaks.ours() - before
     assert not left, "left behind:\n" + "\n".join(sorted(left))
-
-
-def ok(*args: str) -> str:
-    result = uklaunch(*args)
-    assert result.returncode == 0, shown(result)
-    return result.stdout
 
 
 def start(*args: str) -> state.GuestRecord:

@@ -18,19 +18,12 @@ from hypothesis import strategies as st
 from launcher.errors import UsageError
 from launcher.guests import FAMILIES, cpio, linux, osv, rofs
 from launcher.image import identify
-from launcher.model import AddressPlan, Boot, Disk, Family, GuestSpec, Nic
+from launcher.model import Boot, Disk, Family, GuestSpec
 
 from .. import fixtures
+from ..fixtures import NIC
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-PLAN = AddressPlan()
-NIC = Nic(
-    mac=PLAN.guest_mac(2),
-    ipv4=PLAN.guest_ipv4(2),
-    ipv6=PLAN.guest_ipv6(2),
-    gateway_ipv4=PLAN.ipv4.ip,
-    gateway_ipv6=PLAN.ipv6.ip,
-)
 OSV_DISK = fixtures.osv_disk("--rootfs=rofs --ip=eth0,dhcp /hello.so arg", {"hosts": b"x", "my.conf": b"kept\n"})
 IMAGES = {
     "osv-kernel": (fixtures.OSV_ELF, "/redis.so --port 6379"),

@@ -16,17 +16,11 @@ import trio
 
 from launcher.errors import UklaunchError, first_error
 from launcher.imagefile import ImageFile
-from launcher.model import Accel, AddressPlan, Boot, Machine, Nic
+from launcher.model import Accel, Boot, Machine
 from launcher.vmm import qemu, sandbox
 
-PLAN = AddressPlan()
-NIC = Nic(
-    mac=PLAN.guest_mac(2),
-    ipv4=PLAN.guest_ipv4(2),
-    ipv6=PLAN.guest_ipv6(2),
-    gateway_ipv4=PLAN.ipv4.ip,
-    gateway_ipv6=PLAN.ipv6.ip,
-)
+from ..fixtures import NIC
+
 PATIENCE_S = 20  # for what ends at once on a quiet machine
 SHORT_S = 0.4  # for what may last
 MEMORY_MIB = 10  # that an attack may cost the supervisor

@@ -16,19 +16,12 @@ from launcher.commands.run import cmd_run
 from launcher.errors import ImageError, ImageNotFound, UsageError
 from launcher.image import identify, split_digest
 from launcher.imagefile import ImageFile
-from launcher.model import AddressPlan, Boot, Disk, Image, Nic
+from launcher.model import Boot, Disk, Image
 from launcher.vmm.files import Opened, open_fds
 
 from .. import fixtures
+from ..fixtures import NIC
 
-PLAN = AddressPlan()
-NIC = Nic(
-    mac=PLAN.guest_mac(2),
-    ipv4=PLAN.guest_ipv4(2),
-    ipv6=PLAN.guest_ipv6(2),
-    gateway_ipv4=PLAN.ipv4.ip,
-    gateway_ipv6=PLAN.ipv6.ip,
-)
 KERNEL = fixtures.OSV_ELF
 DISK = fixtures.osv_disk("/hello.so", {"hosts": b"x"})
 

@@ -10,19 +10,13 @@ import pytest
 
 from launcher.errors import UklaunchError
 from launcher.imagefile import ImageFile
-from launcher.model import Accel, AddressPlan, Boot, Machine, Nic
+from launcher.model import Accel, Boot, Machine
 from launcher.vmm import accel
 from launcher.vmm.files import DiskFds, Fds
 from launcher.vmm.qemu import arguments, pick_machine
 
-PLAN = AddressPlan()
-NIC = Nic(
-    mac=PLAN.guest_mac(2),
-    ipv4=PLAN.guest_ipv4(2),
-    ipv6=PLAN.guest_ipv6(2),
-    gateway_ipv4=PLAN.ipv4.ip,
-    gateway_ipv6=PLAN.ipv6.ip,
-)
+from ..fixtures import NIC
+
 BOOT = Boot(
     kernel=ImageFile(Path(__file__)),
     cmdline="a b",
