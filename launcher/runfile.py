@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields, replace
+from functools import cache
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import state
 from .errors import UklaunchError
 from .guest import RunOptions
 from .imagefile import ImageFile
 from .model import GuestSpec
+
+if TYPE_CHECKING:
+    from cattrs import Converter
 
 _DEFAULTS = RunOptions()
 _CALLABLES = [field.name for field in fields(RunOptions) if field.name == "note" or field.name.startswith("on_")]
@@ -42,9 +46,10 @@ def _plain(value: Any) -> object:
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
-def read(directory: Path) -> tuple[GuestSpec, RunOptions]:
-    """Raises UklaunchError if it is not there, or cannot be understood."""
-    from cattrs import BaseValidationError, Converter
+@cache
+def _converter() -> Converter:
+    """Made once: a takeover reads the file before it has the guest's lock, and again under it."""
+    from cattrs import Converter
     from cattrs.gen import make_dict_structure_fn, override
 
     converter = Converter()
@@ -60,6 +65,14 @@ def read(directory: Path) -> tuple[GuestSpec, RunOptions]:
     )
     omitted: dict[str, Any] = {name: override(omit=True) for name in _CALLABLES}
     converter.register_structure_hook(RunOptions, make_dict_structure_fn(RunOptions, converter, **omitted))
+    return converter
+
+
+def read(directory: Path) -> tuple[GuestSpec, RunOptions]:
+    """Raises UklaunchError if it is not there, or cannot be understood."""
+    from cattrs import BaseValidationError
+
+    converter = _converter()
     try:
         values = json.loads(path(directory).read_bytes())
         return converter.structure(values["spec"], GuestSpec), converter.structure(values["options"], RunOptions)
